@@ -8,6 +8,7 @@ The shipped one: see perceptual_diffusion/assets/base/training.json for the comm
 """
 
 import argparse
+import copy
 import json
 import platform
 import sys
@@ -113,11 +114,10 @@ def main() -> None:
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        ema.module.half().save_pretrained(folder)
-        ema.module.float()
+        copy.deepcopy(ema.module).half().save_pretrained(folder)
         scheduler.save_pretrained(folder)
 
-    log, losses, start, done = [], torch.zeros((), device=device), time.monotonic(), 0
+    log, losses, start, logged = [], torch.zeros((), device=device), time.monotonic(), 0
     every = max(1, options.steps // 40)
     progress = tqdm(total=options.steps, mininterval=5)
     for step in range(1, options.steps + 1):
@@ -138,11 +138,11 @@ def main() -> None:
         optimizer.step()
         ema.update_parameters(model)
         losses += loss.detach()
-        done = step
         late = time.monotonic() - start > 60 * options.minutes
         if step % every == 0 or step == options.steps or late:
-            row = {"step": step, "train": float(losses) / every, "held_out": held_out_loss(), "seconds": round(time.monotonic() - start)}
+            row = {"step": step, "train": float(losses) / (step - logged), "held_out": held_out_loss(), "seconds": round(time.monotonic() - start)}
             losses.zero_()
+            logged = step
             log.append(row)
             progress.update(step - progress.n)
             progress.set_postfix({k: round(v, 5) for k, v in row.items()})
@@ -155,7 +155,7 @@ def main() -> None:
     record = {
         "command": "python " + " ".join(sys.argv),
         "seed": options.seed,
-        "steps": done,
+        "steps": logged,
         "batch": options.batch,
         "dataset": options.dataset,
         "pictures": len(images),
@@ -168,7 +168,7 @@ def main() -> None:
         "log": log,
     }
     (options.out / "final" / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{done} steps in {record['seconds']} s, held-out loss {log[-1]['held_out']:.5f}, in {options.out / 'final'}")
+    print(f"{logged} steps in {record['seconds']} s, held-out loss {log[-1]['held_out']:.5f}, in {options.out / 'final'}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""The one place that knows about shapes: (B,) over (B, *), nested samples, and the dtype to compute in."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from perceptual_diffusion.types import Sample
+
+
+def leaves(sample: Sample) -> Iterator[Tensor]:
+    """The tensors of a nested sample, depth first."""
+    if isinstance(sample, Tensor):
+        yield sample
+    elif isinstance(sample, dict):
+        for value in sample.values():
+            yield from leaves(value)
+    else:
+        for value in sample:
+            yield from leaves(value)
+
+
+def map_leaves(function: Callable[..., Tensor], sample: Sample, *others: Sample) -> Sample:
+    """Apply `function` to the tensors of samples of one structure; the result has that structure."""
+    if isinstance(sample, Tensor):
+        return function(sample, *others)
+    if isinstance(sample, dict):
+        rest = cast("tuple[dict[str, Sample], ...]", others)
+        return {key: map_leaves(function, value, *(other[key] for other in rest)) for key, value in sample.items()}
+    columns = zip(sample, *cast("tuple[list[Sample], ...]", others), strict=True)
+    mapped = [map_leaves(function, *column) for column in columns]
+    return mapped if isinstance(sample, list) else tuple(mapped)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply `function` to every tensor inside tuples, lists and dicts; leave everything else as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def describe(sample: Any) -> str:
+    """The structure of a sample in words for an error: `(2, 4, 8, 8)`, or `{'video': (2, 4), 'audio': (2, 3)}`."""
+    if isinstance(sample, Tensor):
+        return str(tuple(sample.shape))
+    if isinstance(sample, dict):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in sample.items()) + "}"
+    if isinstance(sample, list | tuple):
+        return "[" + ", ".join(describe(value) for value in sample) + "]"
+    return type(sample).__name__
+
+
+def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
+    """Raise unless `sample` is floating, batched, and of the structure, shape and device of `like`."""
+    if isinstance(sample, dict | list | tuple):
+        if not sample:
+            raise ValueError(f"`{name}` is empty, expected a tensor of shape (B, *), or a tuple or dict of such tensors.")
+        if like is not None and not _same_structure(sample, like):
+            raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
+        keys: list[Any] = list(sample) if isinstance(sample, dict) else list(range(len(sample)))
+        for key in keys:
+            check_sample(f"{name}[{key!r}]", sample[key], None if like is None else cast(Any, like)[key])
+        if len({len(leaf) for leaf in leaves(cast(Sample, sample))}) > 1:
+            raise ValueError(f"`{name}` has shape {describe(sample)}: its tensors differ in dim 0. Give one batch size B.")
+        return
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"`{name}` is {_a(type(sample).__name__)}, expected a tensor of shape (B, *). Pass a torch.Tensor.")
+    if not sample.is_floating_point():
+        raise TypeError(f"`{name}` has dtype {sample.dtype}, expected a floating dtype. Pass `{name}.float()`.")
+    if sample.ndim == 0:
+        raise ValueError(f"`{name}` has shape (), expected (B, *). Add the batch dimension: `{name}[None]`.")
+    if like is None:
+        return
+    if not isinstance(like, Tensor) or sample.shape != like.shape:
+        raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
+    if sample.device != like.device:
+        raise ValueError(f"`{name}` is on {sample.device}, expected {like.device}, the device of `clean`. Move it there.")
+
+
+def _same_structure(sample: Any, like: Any) -> bool:
+    if isinstance(sample, dict):
+        return isinstance(like, dict) and sample.keys() == like.keys()
+    return isinstance(like, list | tuple) and len(sample) == len(like)
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0].lower() in 'aeiou' else 'a'} {word}"
+
+
+def first(sample: Sample) -> Tensor:
+    """The first tensor of a sample: it stands for the batch size and the device."""
+    return next(leaves(sample))
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where a tensor has it: schedules and differences are never rounded below."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype of the tensors given: what mixing them is rounded to."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def over(scale: Tensor, sample: Tensor) -> Tensor:
+    """Shape a scale (B,) so that it multiplies a sample (B, *) sample by sample, in the sample's dtype."""
+    return scale.to(sample.dtype).reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def mean_per_sample(value: Tensor) -> Tensor:
+    """Mean over all but the first dimension: (B, *) to (B,); 0 where there is nothing to average."""
+    flat = value.reshape(len(value), -1) if value.numel() else value.new_zeros(len(value), 1)
+    return flat.mean(1)

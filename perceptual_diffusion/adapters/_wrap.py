@@ -1,0 +1,89 @@
+"""Put an objective together: adapter of the model, process of the scheduler, teacher."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from perceptual_diffusion import objective, taps
+from perceptual_diffusion.adapters._registry import Adapter, find
+from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
+from perceptual_diffusion.schedules import Schedule
+from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher, same_storage
+from perceptual_diffusion.types import Cond, ModelCall
+
+
+def assemble(
+    model: Any,
+    schedule: Any,
+    *,
+    prediction: Any,
+    layers: Any,
+    call: Any,
+    output: Any,
+    teacher: Any,
+    t: Any,
+    truncate: bool,
+) -> dict[str, Any]:
+    """Turn the arguments of `SelfPerceptualObjective.wrap` into those of its constructor."""
+    if not isinstance(model, nn.Module):
+        find(model)  # raises, saying what to pass
+    process = Process(schedule=schedule, prediction=None) if isinstance(schedule, Schedule) else read(schedule)
+    if prediction is None:
+        prediction = process.prediction
+    if prediction is None:
+        raise ValueError("`prediction` is missing, and the schedule does not say it. Pass `prediction='v_prediction'` or what the model predicts.")
+    names = _names(layers)
+    adapter = Adapter(family="explicit", layers=names) if names and call else _find(model, names)
+    call = call or adapter.call
+    student_call = call if process.model_input is None else _scaled(call, process.model_input)
+    names = names or adapter.layers
+    return {
+        "schedule": process.schedule,
+        "prediction": prediction,
+        "call": student_call,
+        "output": output or adapter.output,
+        "t": process.t if t is None else t,
+        "teacher": _teacher(model, teacher, names, student_call, adapter, truncate),
+    }
+
+
+def _find(model: nn.Module, names: tuple[str, ...]) -> Adapter:
+    """The model's adapter; with layers given by hand, a model without one is called as `model(x_t, t, **cond)`."""
+    try:
+        return find(model)
+    except ValueError:
+        if not names:
+            raise
+        return Adapter(family="explicit", layers=names)
+
+
+def _names(layers: Any) -> tuple[str, ...]:
+    if layers is None:
+        return ()
+    names = (layers,) if isinstance(layers, str) else tuple(layers) if isinstance(layers, list | tuple) else None
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"`layers` is {layers!r}, expected a dotted name or a list of them, such as ['mid_block'].")
+    return names
+
+
+def _scaled(call: ModelCall, model_input: ModelInput) -> ModelCall:
+    def scaled(model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
+        return call(model, *model_input(x_t, t), cond)
+
+    return scaled
+
+
+def _teacher(model: nn.Module, teacher: Any, names: tuple[str, ...], call: ModelCall, adapter: Adapter, truncate: bool) -> Any:
+    if isinstance(teacher, str):
+        if teacher != "copy":
+            raise ValueError(f"unknown teacher {teacher!r}, expected 'copy', a torch.nn.Module, or a callable `(x_t, t, cond) -> features`.")
+        return CopyTeacher(model, layers=names, call=call, select=adapter.select, truncate=truncate)
+    if not isinstance(teacher, nn.Module):
+        return teacher
+    inner = taps.unwrap(teacher)
+    if same_storage(taps.unwrap(model), inner):
+        raise ValueError("`teacher` shares its weights with `model`, so it would move with it. Pass 'copy', or a module of its own.")
+    return ModuleTeacher(inner, layers=names, call=call, select=adapter.select)
+
+
+objective.install(assemble)

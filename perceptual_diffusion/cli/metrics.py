@@ -1,0 +1,97 @@
+"""Metrics of samples in the features of a named network: EfficientNet-Lite0, trained on ImageNet.
+
+A Fréchet distance in its features is `FD-EffLite0`, not FID, and depends on the number of samples: compare at equal N.
+"""
+
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NETWORK = "EffLite0"
+RESOLUTION = 64
+FEATURES = 1280
+
+
+class Network(nn.Module):
+    """EfficientNet-Lite0 up to its pooled features: uint8 pictures (B, 3, H, W) to (B, 1280)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import timm
+        from safetensors.torch import load_file
+
+        self.model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+        with resources.as_file(resources.files("perceptual_diffusion") / "assets/efflite0/model.safetensors") as path:
+            weights = {key: value.float() for key, value in load_file(path).items()}
+        left = self.model.load_state_dict(weights, strict=False)
+        if left.unexpected_keys or any(not key.endswith("num_batches_tracked") for key in left.missing_keys):
+            raise RuntimeError(f"the metric network does not fit this version of timm: {left}. Install timm 1.0.")
+        config = self.model.default_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(config["std"])[:, None, None])
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = nn.functional.interpolate(images.float() / 255, RESOLUTION, mode="bicubic", antialias=True).clamp(0, 1)
+        features: Tensor = self.model((pixels - self.mean) / self.std)
+        return features
+
+
+@torch.no_grad()
+def features(network: Network, images: Tensor, batch: int = 128) -> Tensor:
+    """Give the features of uint8 pictures (N, 3, H, W): float32, shape (N, 1280)."""
+    device = next(network.model.parameters()).device
+    parts = [network(part.to(device)) for part in images.split(batch)]
+    return torch.cat(parts) if parts else torch.empty(0, FEATURES, device=device)
+
+
+class _Given(nn.Module):
+    """Hands features that are already computed to torchmetrics."""
+
+    num_features = FEATURES
+
+    def forward(self, given: Tensor) -> Tensor:
+        return given
+
+
+def compare(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, float]:
+    """Compare two sets of features.
+
+    Args:
+        real: features of real pictures, shape (M, 1280).
+        fake: features of samples, shape (N, 1280).
+        seed: seed of KID's subsets.
+
+    Returns:
+        `FD-EffLite0` (Fréchet distance), and `KID-EffLite0` (times 1000; polynomial kernel, 50 subsets of at most 500).
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(500, len(real), len(fake))
+    fd: Any = FrechetInceptionDistance(feature=_Given()).to(real.device).set_dtype(torch.float64)
+    kid: Any = KernelInceptionDistance(feature=_Given(), subsets=50, subset_size=size).to(real.device)
+    for metric in (fd, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mean, _ = kid.compute()
+    return {f"FD-{NETWORK}": float(fd.compute()), f"KID-{NETWORK}": 1000 * float(mean)}
+
+
+def nearest(train: Tensor, images: Tensor) -> Tensor:
+    """Give the root mean square distance of each picture to the nearest of a set, in units of the pixel range.
+
+    Args:
+        train: uint8, shape (M, 3, H, W).
+        images: uint8, shape (N, 3, H, W).
+
+    Returns:
+        distances in [0, 1], shape (N,).
+    """
+    dimension = train[0].numel()
+    table = train.flatten(1).float() / 255
+    return torch.cat([torch.cdist(part.flatten(1).float() / 255, table).min(1).values for part in images.split(256)]) / dimension**0.5

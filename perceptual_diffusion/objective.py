@@ -1,0 +1,475 @@
+"""The self-perceptual objective (Lin & Yang, arXiv 2401.00110, Algorithm 1, eqs. 10 to 17).
+
+Draw t, noise the clean sample, predict; turn the prediction into (clean_hat, noise_hat). Draw t', noise both the true
+pair and the predicted pair to t', and compare a frozen teacher's hidden features of the two:
+
+    L = || f*(x̂_t', t', c) − f*(x_t', t', c) ||²                                                     (eq. 12)
+
+With y the training target and ŷ the model's prediction of it, the two inputs of the teacher differ by κ (ŷ − y),
+κ = (sigma' alpha − alpha' sigma) / Δ. So x̂_t' = x_t' + κ (ŷ − y) is eqs. 8 to 11 in closed form: exact at t' = t and for
+a perfect prediction in any dtype, where solving for clean_hat and noise_hat first would round twice.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor
+
+from perceptual_diffusion import distances, parameterizations, timesteps, weights
+from perceptual_diffusion._shapes import (
+    check_sample,
+    compute_dtype,
+    describe,
+    first,
+    leaves,
+    map_leaves,
+    mean_per_sample,
+    over,
+    result_dtype,
+)
+from perceptual_diffusion.parameterizations import Prediction, System, mix
+from perceptual_diffusion.schedules import Schedule
+from perceptual_diffusion.types import Cond, Distance, ModelCall, ModelOutput, Sample, Teacher, TimeFunction, TimeSampler
+
+Formulation = Literal["joint", "split"]
+Reduction = Literal["mean", "none"]
+
+FORMULATIONS = ("joint", "split")
+REDUCTIONS = ("mean", "none")
+
+_assemble: Callable[..., dict[str, Any]] | None = None
+
+
+def install(assemble: Callable[..., dict[str, Any]]) -> None:
+    """Set what turns the arguments of `wrap` into those of the constructor. The adapters, the outer ring, call this."""
+    global _assemble
+    _assemble = assemble
+
+
+def call_model(model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
+    """Call a model as `model(x_t, t, **cond)`."""
+    return model(x_t, t, **cond)
+
+
+def take_prediction(output: Any, x_t: Sample) -> Sample:
+    """Take the prediction out of a model's output: itself, its `.sample`, or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    if hasattr(output, "sample"):
+        return output.sample  # type: ignore[no-any-return]
+    if isinstance(output, tuple | list) and isinstance(x_t, Tensor) and len(output):
+        return output[0]  # type: ignore[no-any-return]
+    return output  # type: ignore[no-any-return]
+
+
+class SelfPerceptualObjective:
+    """A perceptual training loss for a diffusion or flow model, made by the model's own frozen copy.
+
+    `SelfPerceptualObjective.wrap(model, schedule)` builds one for a model. It is a plain object, not a module: nothing
+    of it enters a `state_dict`, `parameters()`, DDP or EMA.
+
+    Args:
+        schedule: the noise schedule.
+        prediction: what the model predicts, a name or a `parameterizations.Prediction`.
+        teacher: f*, `(x_t, t, cond) -> list of features`, with a gradient to x_t.
+        call: runs the student: `(model, x_t, t, cond) -> output`, t in the schedule's unit, shape (B,).
+        output: takes the prediction out of the student's output.
+        t: sampler of t: "uniform", "logit_normal", or a callable.
+        t_prime: sampler of t': "uniform", "near", "shifted", "logit_normal", or a callable.
+        distance: "mse", "mae", "huber", "cosine", "normalised", or a callable of two features (B, *) to (B,).
+        formulation: "joint" (eq. 12) or "split" (eqs. 14 to 17).
+        mse_weight: adds this much of the MSE of the prediction; it costs no extra pass.
+        weight: weight of each sample by t: "none", "min_snr", or a callable of t, shape (B,), to (B,).
+        t_range: the smallest and the largest t; by default all of the schedule.
+        seed: seed of the objective's own generator; each process adds its rank. By default torch's initial seed.
+
+    Raises:
+        ValueError: a name is unknown, a number is out of range, or schedule and prediction are singular somewhere in
+            `t_range`.
+        TypeError: an argument has the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule,
+        prediction: str | Prediction,
+        teacher: Teacher,
+        call: ModelCall = call_model,
+        output: ModelOutput = take_prediction,
+        t: str | TimeSampler = "uniform",
+        t_prime: str | TimeSampler = "uniform",
+        distance: str | Distance = "mse",
+        formulation: Formulation = "joint",
+        mse_weight: float = 0.0,
+        weight: str | TimeFunction | None = None,
+        t_range: tuple[float, float] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"`schedule` is a {type(schedule).__name__}, expected a diffusers scheduler or a schedule of "
+                "perceptual_diffusion.schedules. A pair of functions goes into `schedules.Interpolant(alpha, sigma)`."
+            )
+        if formulation not in FORMULATIONS:
+            raise ValueError(f"unknown formulation {formulation!r}, expected 'joint' or 'split'.")
+        if not (isinstance(mse_weight, int | float) and 0 <= mse_weight < float("inf")):
+            raise ValueError(f"`mse_weight` is {mse_weight!r}, expected a number of at least 0.")
+        if not callable(teacher):
+            raise TypeError(f"`teacher` is a {type(teacher).__name__}, expected a callable `(x_t, t, cond) -> features`.")
+        self.schedule, self.prediction, self.teacher = schedule, parameterizations.get(prediction), teacher
+        self.call, self.output = call, output
+        self.t_range = _check_range(schedule, t_range)
+        parameterizations.check_regular(schedule, self.prediction, *self.t_range)
+        sampler = timesteps.get("t", t)
+        if isinstance(sampler, timesteps.Near | timesteps.Shifted):
+            raise ValueError(f"`t` is {t!r}, which places t' relative to t. Use 'uniform' or 'logit_normal' for t.")
+        self.t = timesteps.within(sampler, *self.t_range) if t_range is not None else sampler
+        self.t_prime = timesteps.get("t_prime", t_prime)
+        self.distance = distances.get(distance)
+        self.formulation, self.mse_weight = formulation, float(mse_weight)
+        self.weight = weights.get(weight, schedule, self.prediction)
+        self.seed = seed
+        self.terms: dict[str, Tensor] = {}
+        """The last call's L_sp and L_mse, detached, shape (B,) each: for logging."""
+        self._generator: torch.Generator | None = None
+
+    @classmethod
+    def wrap(
+        cls,
+        model: Any,
+        schedule: Any,
+        *,
+        prediction: str | Prediction | None = None,
+        layers: str | list[str] | tuple[str, ...] | None = None,
+        call: ModelCall | None = None,
+        output: ModelOutput | None = None,
+        teacher: Any = "copy",
+        t: str | TimeSampler | None = None,
+        t_prime: str | TimeSampler = "uniform",
+        distance: str | Distance = "mse",
+        formulation: Formulation = "joint",
+        mse_weight: float = 0.0,
+        weight: str | TimeFunction | None = None,
+        t_range: tuple[float, float] | None = None,
+        seed: int | None = None,
+        truncate: bool = True,
+    ) -> Self:
+        """Build the objective of a model. Call it while the model's weights are the MSE-trained ones.
+
+        Args:
+            model: the student. Its family, if known, says how it is called and where its middle is.
+            schedule: a diffusers scheduler, or a schedule of `perceptual_diffusion.schedules`.
+            prediction: what the model predicts; by default what the scheduler says.
+            layers: dotted names of the layers to compare; by default the model's middle. The loss is the mean of theirs.
+            call: `(model, x_t, t, cond) -> output`, t in the schedule's unit, shape (B,); by default the family's.
+            output: `(output, x_t) -> prediction`; by default the family's.
+            teacher: "copy" (a frozen copy of `model`), another module with those layers, or a callable
+                `(x_t, t, cond) -> list of features`.
+            t: as in the constructor; by default uniform, with the scheduler's shift if it has one.
+            t_prime: as in the constructor, like all that follow.
+            distance: see the constructor.
+            formulation: see the constructor.
+            mse_weight: see the constructor.
+            weight: see the constructor.
+            t_range: see the constructor.
+            seed: see the constructor.
+            truncate: let the copy drop what its first pass does not run.
+
+        Returns:
+            the objective.
+
+        Raises:
+            ValueError: model or scheduler are unknown and an argument is missing (the message names it), or an
+                argument is wrong.
+            TypeError: an argument has the wrong type.
+        """
+        if _assemble is None:
+            raise RuntimeError("no adapters are installed. Import `perceptual_diffusion`, not one of its files.")
+        built = _assemble(
+            model, schedule, prediction=prediction, layers=layers, call=call, output=output, teacher=teacher, t=t, truncate=truncate
+        )
+        return cls(
+            **built,
+            t_prime=t_prime,
+            distance=distance,
+            formulation=formulation,
+            mse_weight=mse_weight,
+            weight=weight,
+            t_range=t_range,
+            seed=seed,
+        )
+
+    def __call__(
+        self,
+        model: Any,
+        clean: Sample,
+        *,
+        cond: Cond | None = None,
+        noise: Sample | None = None,
+        t: Tensor | None = None,
+        t_prime: Tensor | None = None,
+        reduction: Reduction = "mean",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Run the whole of Algorithm 1: draw t, noise and t', call the model, compare.
+
+        Args:
+            model: the student, also inside DDP or torch.compile.
+            clean: x_0, shape (B, *), or nested where the model's sample is.
+            cond: the model's own keyword arguments.
+            noise: ε, as `clean`; drawn by default.
+            t: times in the schedule's unit, shape (B,); drawn by default.
+            t_prime: the second times, shape (B,); drawn by default.
+            reduction: "mean" for a scalar, "none" for one loss per sample, shape (B,).
+            generator: draws what is not given; by default the objective's own.
+
+        Returns:
+            the loss, float32 or better.
+
+        Raises:
+            ValueError: shapes, times or names are wrong.
+            TypeError: an argument has the wrong type.
+        """
+        check_sample("clean", clean)
+        like = first(clean)
+        generator = self._source(like, generator)
+        if t is None:
+            t = self._draw("t", self.t, like, None, generator)
+        else:
+            self._check_t(t, like)
+        if noise is None:
+            noise = map_leaves(lambda x: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), clean)
+        else:
+            check_sample("noise", noise, clean)
+        model_pred = self.call(model, self._mix(clean, noise, self.schedule(t)), t, cond or {})
+        return self._loss(model_pred, clean, noise, t, cond, t_prime, None, reduction, generator)
+
+    def loss(
+        self,
+        model_pred: Any,
+        *,
+        clean: Sample,
+        noise: Sample,
+        t: Tensor,
+        cond: Cond | None = None,
+        t_prime: Tensor | None = None,
+        x_t: Sample | None = None,
+        reduction: Reduction = "mean",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Give the loss of a prediction that the training loop has made itself.
+
+        Args:
+            model_pred: the model's output, with its graph; for a plain tensor model ŷ of shape (B, *).
+            clean: x_0, shape (B, *), or nested where the model's sample is.
+            noise: ε, as `clean`.
+            t: the times at which the model predicted, in the schedule's unit, shape (B,).
+            cond: the model's own keyword arguments, as they were in the prediction.
+            t_prime: the second times, shape (B,); drawn by default.
+            x_t: what the model saw, if it was not alpha_t clean + sigma_t noise (eq. 8 is then solved for it).
+            reduction: "mean" for a scalar, "none" for one loss per sample, shape (B,).
+            generator: draws t'; by default the objective's own.
+
+        Returns:
+            the loss, float32 or better.
+
+        Raises:
+            ValueError: shapes, times or names are wrong.
+            TypeError: an argument has the wrong type.
+        """
+        check_sample("clean", clean)
+        check_sample("noise", noise, clean)
+        self._check_t(t, first(clean))
+        if x_t is not None:
+            check_sample("x_t", x_t, clean)
+        return self._loss(model_pred, clean, noise, t, cond, t_prime, x_t, reduction, self._source(first(clean), generator))
+
+    def add_noise(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
+        """Give x_t = alpha_t clean + sigma_t noise (eq. 2), shape (B, *), for times t of shape (B,)."""
+        check_sample("clean", clean)
+        check_sample("noise", noise, clean)
+        self._check_t(t, first(clean))
+        return self._mix(clean, noise, self.schedule(t))
+
+    def target(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
+        """Give what the model is trained to predict, y = a_t clean + b_t noise, shape (B, *), for times t of shape (B,)."""
+        check_sample("clean", clean)
+        check_sample("noise", noise, clean)
+        self._check_t(t, first(clean))
+        return self._mix(clean, noise, self.prediction.row(self.schedule, t))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the teacher, as `nn.Module.to` does, and return the objective."""
+        move = getattr(self.teacher, "to", None)
+        if move is not None:
+            move(*args, **kwargs)
+        return self
+
+    def rng_state(self) -> Tensor | None:
+        """Give the state of the objective's own generator, uint8, to be saved with the run; None before its first use."""
+        return None if self._generator is None else self._generator.get_state()
+
+    def set_rng_state(self, state: Tensor, device: torch.device | str = "cpu") -> None:
+        """Continue the objective's own generator from a saved state, on the device it was used on."""
+        self._generator = torch.Generator(device)
+        self._generator.set_state(state.cpu())
+
+    def _loss(
+        self,
+        model_pred: Any,
+        clean: Sample,
+        noise: Sample,
+        t: Tensor,
+        cond: Cond | None,
+        t_prime: Tensor | None,
+        x_t: Sample | None,
+        reduction: Reduction,
+        generator: torch.Generator,
+    ) -> Tensor:
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction {reduction!r}, expected 'mean' or 'none'.")
+        like = first(clean)
+        if t_prime is None:
+            t_prime = self._draw("t_prime", self.t_prime, like, t, generator)
+        else:
+            self.schedule.check("t_prime", t_prime, len(like), like.device)
+        predicted = self.output(model_pred, clean)
+        check_sample("model_pred", predicted, clean)
+        system = System.of(self.schedule, self.prediction, t)
+        error = map_leaves(lambda p, x, e: _error(p, x, e, system), predicted, clean, noise)
+        excess = None if x_t is None else map_leaves(lambda s, x, e: _excess(s, x, e, system), x_t, clean, noise)
+        alpha, sigma = self.schedule(t_prime)
+        x_tt = self._mix(clean, noise, (alpha, sigma))
+
+        cond = cond or {}
+        features = [self.teacher(s, t_prime, cond) for s in self._renoise(x_tt, error, excess, system, alpha, sigma)]
+        with torch.no_grad():
+            true = self.teacher(x_tt, t_prime, cond)
+        self._check_features(true, len(like))
+        perceptual = torch.stack([self._compare(f, true, len(like)) for f in features]).sum(0)
+        square = torch.stack([mean_per_sample(leaf.square()) for leaf in leaves(error)]).mean(0)
+        self.terms = {"sp": perceptual.detach(), "mse": square.detach()}
+        loss = perceptual + self.mse_weight * square if self.mse_weight else perceptual
+        if self.weight is not None:
+            loss = loss * self._weigh(self.weight, t).to(loss.dtype)
+        return loss if reduction == "none" else loss.sum() / max(1, len(loss))
+
+    def _renoise(
+        self, x_tt: Sample, error: Sample, excess: Sample | None, system: System, alpha: Tensor, sigma: Tensor
+    ) -> list[Sample]:
+        """The predicted pair at t' (eqs. 10, 11): one sample for the joint formulation, two for the split one."""
+        delta = system.determinant
+        clean, noise = -alpha * system.sigma / delta, sigma * system.alpha / delta
+        # of the sum, the joint formulation, the numerator is exactly 0 at t' = t
+        of_error = [(sigma * system.alpha - alpha * system.sigma) / delta] if self.formulation == "joint" else [clean, noise]
+        clean, noise = alpha * system.b / delta, -sigma * system.a / delta
+        of_excess = [clean + noise] if self.formulation == "joint" else [clean, noise]
+
+        def shift(s: Tensor, d: Tensor, k: Tensor) -> Tensor:
+            wide = compute_dtype(s, d)
+            return (s.to(wide) + over(k, d) * d).to(s.dtype)
+
+        samples = [map_leaves(lambda s, d, k=k: shift(s, d, k), x_tt, error) for k in of_error]
+        if excess is not None:
+            samples = [
+                map_leaves(lambda s, r, k=k: shift(s, r, k), sample, excess)
+                for sample, k in zip(samples, of_excess, strict=True)
+            ]
+        return samples
+
+    def _compare(self, features: list[Tensor], true: list[Tensor], batch: int) -> Tensor:
+        """Mean over the layers of the distance of their features, shape (B,)."""
+        values = []
+        for f, g in zip(features, true, strict=True):
+            dtype = compute_dtype(f, g)
+            value = self.distance(_split_batch(f.to(dtype), batch), _split_batch(g.to(dtype), batch))
+            if not isinstance(value, Tensor) or value.shape != (batch,):
+                raise ValueError(f"`distance` gives {describe(value)}, expected one value per sample, shape ({batch},).")
+            values.append(value)
+        return torch.stack(values).mean(0)
+
+    def _check_features(self, features: Any, batch: int) -> None:
+        if not isinstance(features, list | tuple) or not features or not all(isinstance(f, Tensor) for f in features):
+            raise TypeError(f"`teacher` gives {describe(features)}, expected a list of features, one tensor of shape (B, *) per layer.")
+        for feature in features:
+            if feature.ndim == 0 or (len(feature) % batch if batch else len(feature)):
+                raise ValueError(
+                    f"a feature has shape {tuple(feature.shape)}, expected its first dimension to be the batch of {batch}, or the "
+                    "batch times frames. Take the sample's stream out of the layer with an adapter's `select`."
+                )
+
+    def _weigh(self, weight: TimeFunction, t: Tensor) -> Tensor:
+        value = weight(t)
+        if not isinstance(value, Tensor) or value.shape != t.shape:
+            raise ValueError(f"`weight` gives {describe(value)}, expected one weight per sample, shape {tuple(t.shape)}.")
+        return value
+
+    def _check_t(self, t: Any, like: Tensor) -> None:
+        self.schedule.check("t", t, len(like), like.device, *self.t_range)
+
+    def _draw(self, name: str, sampler: TimeSampler, like: Tensor, t: Tensor | None, generator: torch.Generator) -> Tensor:
+        drawn = sampler(self.schedule, like, t=t, generator=generator)
+        if type(sampler).__module__ != timesteps.__name__:  # a callable of the user's
+            bounds = self.t_range if name == "t" else (None, None)
+            self.schedule.check(name, drawn, len(like), like.device, *bounds)
+        return drawn
+
+    def _source(self, like: Tensor, generator: torch.Generator | None) -> torch.Generator:
+        """The generator given, or the objective's own, on the device of the sample."""
+        if generator is not None:
+            if not isinstance(generator, torch.Generator):
+                raise TypeError(f"`generator` is a {type(generator).__name__}, expected a torch.Generator.")
+            if generator.device.type != like.device.type:
+                raise ValueError(f"`generator` is on {generator.device}, expected {like.device}, the device of `clean`.")
+            return generator
+        if self._generator is None or self._generator.device.type != like.device.type:
+            seed = torch.initial_seed() if self.seed is None else self.seed
+            self._generator = torch.Generator(like.device).manual_seed((seed + _process_rank()) % 2**63)
+        return self._generator
+
+    @staticmethod
+    def _mix(clean: Sample, noise: Sample, scales: tuple[Tensor, Tensor]) -> Sample:
+        return map_leaves(lambda x, e: mix(x, e, *scales), clean, noise)
+
+
+def _error(predicted: Tensor, clean: Tensor, noise: Tensor, system: System) -> Tensor:
+    """ŷ − y, where y is rounded as the model's target is, so that a perfect prediction gives exactly 0."""
+    wide = compute_dtype(predicted, clean, noise)
+    rounded = result_dtype(predicted, clean, noise)
+    target = mix(clean.to(wide), noise.to(wide), system.a, system.b).to(rounded)
+    return predicted.to(wide) - target.to(wide)
+
+
+def _excess(x_t: Tensor, clean: Tensor, noise: Tensor, system: System) -> Tensor:
+    """What the model saw beyond alpha_t x_0 + sigma_t ε, shape (B, *)."""
+    wide = compute_dtype(x_t, clean, noise)
+    rounded = result_dtype(x_t, clean, noise)
+    return x_t.to(wide) - mix(clean.to(wide), noise.to(wide), system.alpha, system.sigma).to(rounded).to(wide)
+
+
+def _split_batch(feature: Tensor, batch: int) -> Tensor:
+    """Give features of (B · frames, *) the shape (B, frames, *)."""
+    return feature if len(feature) == batch else feature.unflatten(0, (batch, -1))
+
+
+def _check_range(schedule: Schedule, t_range: tuple[float, float] | None) -> tuple[float, float]:
+    if t_range is None:
+        return schedule.low, schedule.high
+    try:
+        low, high = (float(end) for end in t_range)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`t_range` is {t_range!r}, expected a pair (low, high) of times.") from error
+    if not schedule.low <= low < high <= schedule.high:
+        raise ValueError(f"`t_range` is {t_range!r}, expected {schedule.low:g} <= low < high <= {schedule.high:g}.")
+    return low, high
+
+
+def _process_rank() -> int:
+    """This process' rank: of torch.distributed, else of the launcher, else 0."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0

@@ -1,0 +1,204 @@
+"""Where f* comes from: a frozen copy of the model that holds only what runs up to the last tapped layer, or a module."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from perceptual_diffusion import taps
+from perceptual_diffusion._shapes import leaves, map_tensors
+from perceptual_diffusion.types import Cond, FeatureSelect, ModelCall, Sample
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Dropped(nn.Module):
+    """Stands where the teacher held a module that no pass up to the last tapped layer runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            f"the teacher's copy no longer holds {self.name!r}, which its first pass did not run but this one does. "
+            "Give the first pass every condition that is used later, or wrap with `truncate=False`."
+        )
+
+
+class _Used(TorchFunctionMode):
+    """Records which parameters and buffers a pass hands to torch functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, Tensor):
+                    self.ids.add(id(item))
+        return func(*args, **(kwargs or {}))
+
+
+class ModuleTeacher:
+    """Features of a module at named layers, with a gradient to its input and none to its weights.
+
+    The module is put into `eval()` and frozen, and stays so.
+
+    Args:
+        module: the perceptual network.
+        layers: dotted names of the layers to compare.
+        call: runs the module at a time in the schedule's unit.
+        select: takes a tensor out of a layer's output.
+        stop: leave each pass after the last layer.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        layers: Sequence[str],
+        call: ModelCall,
+        select: FeatureSelect = taps.select,
+        stop: bool = True,
+    ) -> None:
+        for name in layers:
+            taps.layer(module, name)
+        self.module = module.eval().requires_grad_(False)
+        self.layers, self.call, self.select, self.stop = tuple(layers), call, select, stop
+
+    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Tensor]:
+        """Give the features of the noisy sample.
+
+        Args:
+            x_t: the noisy sample, (B, *) or nested.
+            t: times in the schedule's unit, shape (B,).
+            cond: the model's keyword arguments; taken without their gradient.
+
+        Returns:
+            one tensor per layer, in the order of `layers`.
+
+        Raises:
+            ValueError: a layer did not run, or the gradient to the sample was lost.
+        """
+        x_t, cond = self._cast(x_t), self._cast(map_tensors(Tensor.detach, dict(cond)))
+        features = taps.run(
+            self.module, self.layers, lambda: self.call(self.module, x_t, t, cond), select=self.select, stop=self.stop
+        )
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t)):
+            for name, feature in zip(self.layers, features, strict=True):
+                if not feature.requires_grad:
+                    raise ValueError(
+                        f"the teacher's layer {name!r} gives no gradient to the sample: it does not depend on it, or the model "
+                        "runs under no_grad or reentrant checkpointing. Tap another layer, or use non-reentrant checkpointing."
+                    )
+        return features
+
+    def _cast(self, value: Any) -> Any:
+        """Give floating tensors the dtype of the weights, unless autocast sees to it."""
+        weight = next((p for p in self.module.parameters() if p.dtype in FLOATS), None)
+        if weight is None or torch.is_autocast_enabled(weight.device.type):
+            return value
+        return map_tensors(lambda x: x.to(weight.dtype) if x.is_floating_point() else x, value)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the module, as `nn.Module.to` does."""
+        self.module.to(*args, **kwargs)
+        return self
+
+    @property
+    def parameters_held(self) -> int:
+        """How many parameters the teacher holds in memory."""
+        return sum(p.numel() for p in self.module.parameters())
+
+
+class CopyTeacher(ModuleTeacher):
+    """A frozen copy of the model as it is now; after its first pass it holds only what that pass ran.
+
+    Args:
+        model: the MSE-trained model, also inside DDP or torch.compile.
+        layers: dotted names of the layers to compare.
+        call: runs the model at a time in the schedule's unit.
+        select: takes a tensor out of a layer's output.
+        truncate: drop what the first pass does not run.
+
+    Raises:
+        ValueError: the model is partitioned (FSDP, ZeRO-3) or cannot be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Sequence[str],
+        call: ModelCall,
+        select: FeatureSelect = taps.select,
+        truncate: bool = True,
+    ) -> None:
+        super().__init__(frozen_copy(model), layers=layers, call=call, select=select)
+        self._truncate = truncate
+
+    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Tensor]:
+        if not self._truncate:
+            return super().__call__(x_t, t, cond)
+        ran: set[nn.Module] = {self.module}
+        handles = [
+            module.register_forward_pre_hook(lambda module, args: ran.add(module)) for module in self.module.modules()
+        ]
+        try:
+            with _Used() as used:
+                features = super().__call__(x_t, t, cond)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._truncate = False
+        _drop(self.module, ran, used.ids)
+        return features
+
+
+def _drop(module: nn.Module, ran: set[nn.Module], used: set[int], path: str = "") -> None:
+    """Replace every largest submodule of which nothing ran and nothing was used."""
+    for name, child in list(module.named_children()):
+        where = f"{path}{name}"
+        tensors = [*child.parameters(), *child.buffers()]
+        if any(m in ran for m in child.modules()) or any(id(tensor) in used for tensor in tensors):
+            _drop(child, ran, used, f"{where}.")
+        elif tensors:
+            module._modules[name] = Dropped(where)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Copy a model with its weights: in `eval()`, frozen, without the hooks and gradients of the original.
+
+    Raises:
+        ValueError: the model is partitioned over processes or cannot be copied.
+    """
+    model = taps.unwrap(model)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param"):
+            raise ValueError(
+                f"`model` is partitioned ({name!r} is not whole on this process). Call `wrap` before FSDP or DeepSpeed partitions it."
+            )
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(f"`model` cannot be copied: {error}. Copy it yourself and pass it as `teacher=`.") from error
+    for module in copied.modules():
+        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+        for table in hooks:
+            for key, hook in list(table.items()):  # weight_norm and spectral_norm compute the weight in a hook
+                if not type(hook).__module__.startswith("torch.nn.utils"):
+                    del table[key]
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        tensor.grad = None
+    return copied.eval().requires_grad_(False)
+
+
+def same_storage(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules share any parameter's memory."""
+    mine = {p.data_ptr() for p in model.parameters() if p.numel()}
+    return any(p.data_ptr() in mine for p in other.parameters() if p.numel())

@@ -1,0 +1,148 @@
+"""Samplers of t and t'. All work on ranks, so that a distribution means the same on every schedule.
+
+Offsets are given on the scale of 1000 timesteps, as in the paper: 40 is 4 % of any schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceptual_diffusion.schedules import NO_FLOAT64, Schedule
+from perceptual_diffusion.types import TimeSampler
+
+SCALE = 1000
+
+
+def _time(schedule: Schedule, rank: Tensor) -> Tensor:
+    """Give the times at ranks, shape (B,), as int64 or float32: what models expect."""
+    t = schedule.at(rank.clamp(0, 1))
+    return t if schedule.discrete else t.float()
+
+
+def _noise(function: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    dtype = torch.float32 if like.device.type in NO_FLOAT64 else torch.float64
+    drawn: Tensor = function(len(like), dtype=dtype, device=like.device, generator=generator)
+    return drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Uniform over the schedule, or over [low, high] of it.
+
+    Attributes:
+        low: the smallest time drawn; None: the schedule's.
+        high: the largest time drawn; None: the schedule's.
+        shift: moves times toward the noise, s u / (1 + (s − 1) u) (Esser et al. 2024, eq. 23); or a function of the
+            clean sample that gives the shift.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    shift: float | Callable[[Tensor], float] = 1.0
+
+    def __call__(
+        self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return self._place(schedule, like, _noise(torch.rand, like, generator))
+
+    def _place(self, schedule: Schedule, like: Tensor, rank: Tensor) -> Tensor:
+        shift = self.shift(like) if callable(self.shift) else self.shift
+        rank = shift * rank / (1 + (shift - 1) * rank)
+        first, last = schedule.ranks(self.low, self.high)
+        return _time(schedule, first + rank * (last - first))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal(Uniform):
+    """Logit-normal over the schedule: rank = sigmoid(N(mean, std²)) (Esser et al. 2024, eq. 19).
+
+    Attributes:
+        mean: mean of the normal.
+        std: its standard deviation.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(
+        self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return self._place(schedule, like, torch.sigmoid(self.mean + self.std * _noise(torch.randn, like, generator)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Near:
+    """t' near t: N(t, std²), clamped to the schedule (Lin & Yang, table 3).
+
+    Attributes:
+        std: standard deviation, on the scale of 1000 timesteps.
+    """
+
+    std: float = 100.0
+
+    def __call__(
+        self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        rank = schedule.rank(_given(t, "near"))
+        return _time(schedule, rank + self.std / SCALE * _noise(torch.randn, like, generator).to(rank.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """t' a fixed distance from t, on either side at random; on the other side where the schedule ends before (table 3).
+
+    Attributes:
+        by: the distance, on the scale of 1000 timesteps.
+    """
+
+    by: float = 40.0
+
+    def __call__(
+        self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        rank, by = schedule.rank(_given(t, "shifted")), self.by / SCALE
+        side = torch.where(_noise(torch.rand, like, generator) < 0.5, -1.0, 1.0).to(rank.dtype)
+        side = torch.where(rank + by > 1, -1.0, torch.where(rank - by < 0, 1.0, side))
+        return _time(schedule, rank + by * side)
+
+
+def _given(t: Tensor | None, name: str) -> Tensor:
+    if t is None:
+        raise ValueError(f"'{name}' places t' relative to t, so it cannot draw t itself. Use 'uniform' or 'logit_normal' for t.")
+    return t
+
+
+NAMED: dict[str, TimeSampler] = {
+    "uniform": Uniform(),
+    "near": Near(),
+    "shifted": Shifted(),
+    "logit_normal": LogitNormal(),
+}
+
+
+def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
+    """Give the sampler of a name, or the callable itself.
+
+    Args:
+        name: the argument's name, for the message.
+        sampler: a name, or `(schedule, like, *, t, generator) -> times of shape (B,)`.
+
+    Raises:
+        ValueError: the name is unknown.
+        TypeError: it is neither a name nor callable.
+    """
+    if isinstance(sampler, str):
+        if sampler not in NAMED:
+            raise ValueError(f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
+        return NAMED[sampler]
+    if not callable(sampler):
+        raise TypeError(f"`{name}` is {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
+    return sampler
+
+
+def within(sampler: TimeSampler, low: float, high: float) -> TimeSampler:
+    """Restrict a sampler of t to [low, high]; a callable of the user's is left as it is."""
+    return replace(sampler, low=low, high=high) if isinstance(sampler, Uniform) else sampler
