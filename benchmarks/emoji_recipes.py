@@ -3,7 +3,7 @@
 Each fine-tunes the base from the same weights with the same batches, keeps an average of the weights (EMA), and samples
 the whole training distribution of classes from the same noise with 25 steps of DDIM.
 
-    python benchmarks/emoji_recipes.py --out benchmarks/results/emoji_recipes.jsonl --device cuda --part 0/2
+    python benchmarks/emoji_recipes.py --out benchmarks/results/emoji_recipes.jsonl --device cuda
 """
 
 import argparse
@@ -48,6 +48,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sp up_blocks.0": {"lr": 3e-5, "layers": "up_blocks.0"},
     "sp split": {"lr": 3e-5, "formulation": "split"},
     "sp no dropout": {"lr": 3e-5, "dropout": 0.0},
+    "mse, same compute": {"loss": "mse", "lr": 1e-4, "steps": 1369},
+    "sp + mse 30": {"lr": 1e-4, "mse_weight": 30.0},
+    "sp + mse 100": {"lr": 1e-4, "mse_weight": 100.0},
+    "sp normalised + mse 0.3": {"lr": 1e-4, "mse_weight": 0.3, "distance": "normalised"},
+    "sp normalised + mse 3": {"lr": 1e-4, "mse_weight": 3.0, "distance": "normalised"},
+    "sp normalised + mse 10": {"lr": 1e-4, "mse_weight": 10.0, "distance": "normalised"},
+    "sp normalised near + mse 1": {"lr": 1e-4, "mse_weight": 1.0, "distance": "normalised", "t_prime": "near"},
+    "sp normalised down_blocks.1 + mse 1": {"lr": 1e-4, "mse_weight": 1.0, "distance": "normalised", "layers": "down_blocks.1"},
+    "sp cosine + mse 1": {"lr": 1e-4, "mse_weight": 1.0, "distance": "cosine"},
+    "sp mae + mse 3": {"lr": 1e-4, "mse_weight": 3.0, "distance": "mae"},
 }
 
 
@@ -97,7 +107,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, action="append", help="may be given several times; default: 0")
     parser.add_argument("--part", default="0/1", help="run every n-th recipe, from the k-th: k/n")
     parser.add_argument("--only", action="append", help="names of recipes")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no recipe after this time")
@@ -109,17 +119,17 @@ def main() -> None:
     network = metrics.Network().to(device)
     real = metrics.features(network, data.images)
     part, parts = (int(x) for x in options.part.split("/"))
-    names = options.only or list(RECIPES)[part::parts]
-    noise = torch.randn(len(data), 12, 16, 16, generator=torch.Generator().manual_seed(options.seed)).to(device)
+    runs = [(name, seed) for seed in options.seed or [0] for name in options.only or RECIPES][part::parts]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name, seed in runs:
         if time.monotonic() - start > 60 * options.minutes:
             break
         recipe = dict(RECIPES[name])
         guidance = recipe.pop("guidance", 1.0)
         begin = time.monotonic()
-        model = fine_tune(recipe, data, device, options.seed, options.steps, options.batch)
+        model = fine_tune(recipe, data, device, seed, options.steps, options.batch)
         trained = time.monotonic()
+        noise = torch.randn(len(data), 12, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
         scheduler = DDIMScheduler.from_pretrained(BASE)
         made = sample(model, scheduler, noise, data.labels.to(device), guidance=guidance, null=len(data.classes), batch=1024 if device.type == "cuda" else 128)
         pictures = datasets.to_images(made)
@@ -130,7 +140,7 @@ def main() -> None:
             "n": len(pictures),
             "steps": recipe.get("steps", options.steps),
             "batch": options.batch,
-            "seed": options.seed,
+            "seed": seed,
             **{k: v for k, v in RECIPES[name].items() if k != "steps"},
             "seconds": round(trained - begin, 1),
             "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),

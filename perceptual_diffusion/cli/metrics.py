@@ -65,7 +65,8 @@ def compare(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, float]:
         seed: seed of KID's subsets.
 
     Returns:
-        `FD-EffLite0` (Fréchet distance), and `KID-EffLite0` (times 1000; polynomial kernel, 50 subsets of at most 500).
+        `FD-EffLite0` (Fréchet distance), and `KID-EffLite0` (times 1000; polynomial kernel, 50 subsets of at most 500) with
+        its standard deviation over the subsets, `KID-EffLite0 ±`.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -78,8 +79,12 @@ def compare(real: Tensor, fake: Tensor, *, seed: int = 0) -> dict[str, float]:
         metric.update(fake, real=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        mean, _ = kid.compute()
-    return {f"FD-{NETWORK}": float(fd.compute()), f"KID-{NETWORK}": 1000 * float(mean)}
+        mean, std = kid.compute()
+    return {
+        f"FD-{NETWORK}": float(fd.compute()),
+        f"KID-{NETWORK}": 1000 * float(mean),
+        f"KID-{NETWORK} ±": 1000 * float(std),
+    }
 
 
 def nearest(train: Tensor, images: Tensor) -> Tensor:

@@ -1,0 +1,216 @@
+"""Fine-tune a model with the objective or with MSE: resumable to the bit on a CPU, with averaged weights."""
+
+import copy
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceptual_diffusion import SelfPerceptualObjective
+from perceptual_diffusion.cli import datasets
+from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli.files import load_state, save_state
+
+Loss = Literal["self-perceptual", "mse"]
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the state has been saved."""
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks to stop at the next safe moment; a second one stops at once."""
+
+    asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        """Handle the signals while the block runs."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def check(self) -> None:
+        """Raise Interrupted if a stop was asked for."""
+        if self.asked:
+            raise Interrupted
+
+
+class FineTuning:
+    """One fine-tuning: the same batches and labels for every loss of one seed.
+
+    Args:
+        model: the student, changed in place.
+        scheduler: a diffusers scheduler.
+        data: the training pictures.
+        loss: "self-perceptual" or "mse".
+        seed: of batches, noise and dropout.
+        batch: batch size.
+        lr: learning rate of AdamW, after a warm-up of 20 steps.
+        decay: decay of the averaged weights.
+        options: more arguments of `SelfPerceptualObjective.wrap`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scheduler: Any,
+        data: datasets.Pictures,
+        *,
+        loss: Loss,
+        seed: int,
+        batch: int = 32,
+        lr: float = 1e-4,
+        decay: float = 0.98,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.data, self.loss_name, self.batch, self.lr = model.train(), data, loss, batch, lr
+        self.device = next(model.parameters()).device
+        self.images, self.labels = data.images.to(self.device), data.labels.to(self.device)
+        self.mirror = data.mirror.to(self.device)
+        self.objective = SelfPerceptualObjective.wrap(model, scheduler, seed=seed, **(options or {}))
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.seed, self.done = seed, 0
+        self.history: list[dict[str, float]] = []
+        torch.manual_seed(seed)  # dropout
+
+    def _batch(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        index = torch.randint(0, len(self.images), (self.batch,), device=self.device, generator=generator)
+        chance = torch.rand(2, self.batch, device=self.device, generator=generator)
+        flip = self.mirror[index] & (chance[0] < 0.5)
+        images = self.images[index]
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        null = len(self.data.classes)
+        return datasets.to_model(images), {"class_labels": torch.where(chance[1] < 0.1, null, self.labels[index])}
+
+    def _loss(self, clean: Tensor, cond: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        if self.loss_name == "self-perceptual":
+            return self.objective(self.model, clean, cond=cond, generator=generator)
+        objective = self.objective
+        t = objective.t(objective.schedule, clean, t=None, generator=generator)
+        noise = torch.randn(clean.shape, device=clean.device, generator=generator)
+        output = self.model(objective.add_noise(clean, noise, t), t, **cond).sample
+        loss = torch.nn.functional.mse_loss(output, objective.target(clean, noise, t))
+        objective.terms = {"mse": loss.detach()[None]}
+        return loss
+
+    def step(self) -> dict[str, float]:
+        """Make one step and return its losses, named "sp" and "mse"."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.done + 1) / 20)
+        loss = self._loss(*self._batch(self.generator), self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not bool(norm.isfinite()):
+            raise UserError(f"the gradient of step {self.done + 1} is not finite. Use a smaller learning rate.")
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        self.done += 1
+        row = {name: float(value.mean()) for name, value in self.objective.terms.items()}
+        self.history.append(row)
+        return row
+
+    def count_flops(self) -> int:
+        """Count the floating-point operations of one step's forward and backward; the run is left as it was."""
+        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            probe = torch.Generator(self.device).manual_seed(0)
+            self._loss(*self._batch(probe), probe).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def run(
+        self,
+        steps: int,
+        *,
+        state: Path,
+        stop: Stop,
+        key: dict[str, Any],
+        every: int = 50,
+        progress: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> Any:
+        """Train to `steps`, saving the state on the way, and return the averaged model.
+
+        Args:
+            steps: the step to reach.
+            state: file of the state; if it exists the run goes on from it.
+            stop: asked between steps.
+            key: what the run depends on; a state with another key is refused.
+            every: steps between two saved states.
+            progress: called with the step and its losses.
+
+        Raises:
+            Interrupted: a stop was asked for; the state is saved.
+            UserError: the state is damaged or belongs to another run.
+        """
+        if state.exists():
+            self._load(state, key)
+        if progress is not None and self.done:
+            progress(self.done, self.history[-1])
+        while self.done < steps:
+            row = self.step()
+            if progress is not None:
+                progress(self.done, row)
+            if stop.asked or self.done % every == 0 or self.done == steps:
+                self._save(state, key)
+            stop.check()
+        averaged = copy.deepcopy(self.average.module)
+        return averaged.eval()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+        tensors["rng.batches"] = self.generator.get_state()
+        tensors["rng.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors
+
+    def _save(self, path: Path, key: dict[str, Any]) -> None:
+        save_state(path, self._tensors(), {"key": key, "done": self.done, "history": self.history})
+
+    def _load(self, path: Path, key: dict[str, Any]) -> None:
+        tensors, meta = load_state(path)
+        if meta.get("key") != key:
+            changed = {k for k in key if meta.get("key", {}).get(k) != key[k]}
+            raise UserError(f"the state {str(path)!r} belongs to a run with another {', '.join(sorted(changed)) or 'set-up'}. Use the same options, or another --out.")
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+        try:
+            self.model.load_state_dict(part("model"))
+            self.average.load_state_dict(part("average"))
+            layout = self.optimizer.state_dict()
+            layout["state"] = {}
+            for name, value in part("optimizer").items():
+                index, field = name.split(".", 1)
+                layout["state"].setdefault(int(index), {})[field] = value
+            self.optimizer.load_state_dict(layout)
+            self.generator.set_state(tensors["rng.batches"])
+            torch.set_rng_state(tensors["rng.torch"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"the state {str(path)!r} does not fit this run: {error}. Delete its folder and start again.") from error
+        self.done, self.history = int(meta["done"]), list(meta["history"])
