@@ -48,20 +48,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sp up_blocks.0": {"lr": 3e-5, "layers": "up_blocks.0"},
     "sp split": {"lr": 3e-5, "formulation": "split"},
     "sp no dropout": {"lr": 3e-5, "dropout": 0.0},
-    "mse, same compute": {"loss": "mse", "lr": 1e-4, "steps": 1369},
+    "mse, same compute": {"loss": "mse", "lr": 1e-4, "steps": 1255},
     "sp + mse 30": {"lr": 1e-4, "mse_weight": 30.0},
     "sp + mse 100": {"lr": 1e-4, "mse_weight": 100.0},
     "sp normalised + mse 0.3": {"lr": 1e-4, "mse_weight": 0.3, "distance": "normalised"},
     "sp normalised + mse 3": {"lr": 1e-4, "mse_weight": 3.0, "distance": "normalised"},
     "sp normalised + mse 10": {"lr": 1e-4, "mse_weight": 10.0, "distance": "normalised"},
     "sp normalised near + mse 1": {"lr": 1e-4, "mse_weight": 1.0, "distance": "normalised", "t_prime": "near"},
-    "sp normalised down_blocks.1 + mse 1": {"lr": 1e-4, "mse_weight": 1.0, "distance": "normalised", "layers": "down_blocks.1"},
+    "sp normalised down_blocks.1 + mse 1": {
+        "lr": 1e-4,
+        "mse_weight": 1.0,
+        "distance": "normalised",
+        "layers": "down_blocks.1",
+    },
     "sp cosine + mse 1": {"lr": 1e-4, "mse_weight": 1.0, "distance": "cosine"},
     "sp mae + mse 3": {"lr": 1e-4, "mse_weight": 3.0, "distance": "mae"},
 }
 
 
-def fine_tune(recipe: dict[str, Any], data: datasets.Pictures, device: torch.device, seed: int, steps: int, batch: int) -> UNet2DModel:
+def fine_tune(
+    recipe: dict[str, Any], data: datasets.Pictures, device: torch.device, seed: int, steps: int, batch: int
+) -> UNet2DModel:
     recipe = dict(recipe)
     steps, lr, loss_name = recipe.pop("steps", steps), recipe.pop("lr", 0.0), recipe.pop("loss", "sp")
     dropout = recipe.pop("dropout", None)
@@ -131,7 +138,15 @@ def main() -> None:
         trained = time.monotonic()
         noise = torch.randn(len(data), 12, 16, 16, generator=torch.Generator().manual_seed(seed)).to(device)
         scheduler = DDIMScheduler.from_pretrained(BASE)
-        made = sample(model, scheduler, noise, data.labels.to(device), guidance=guidance, null=len(data.classes), batch=1024 if device.type == "cuda" else 128)
+        made = sample(
+            model,
+            scheduler,
+            noise,
+            data.labels.to(device),
+            guidance=guidance,
+            null=len(data.classes),
+            batch=1024 if device.type == "cuda" else 128,
+        )
         pictures = datasets.to_images(made)
         row = {
             "recipe": name,

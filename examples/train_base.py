@@ -88,7 +88,10 @@ def main() -> None:
 
     split = datasets.load(options.dataset)
     images, labels, mirror = (x.to(device) for x in (split.train.images, split.train.labels, split.train.mirror))
-    held_out, held_labels = datasets.to_model(split.held_out.images).to(device)[:2000], split.held_out.labels.to(device)[:2000]
+    held_out, held_labels = (
+        datasets.to_model(split.held_out.images).to(device)[:2000],
+        split.held_out.labels.to(device)[:2000],
+    )
     scheduler = build_scheduler()
     alpha_bar = scheduler.alphas_cumprod.to(device, torch.float64)
     alphas, sigmas = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
@@ -140,7 +143,12 @@ def main() -> None:
         losses += loss.detach()
         late = time.monotonic() - start > 60 * options.minutes
         if step % every == 0 or step == options.steps or late:
-            row = {"step": step, "train": float(losses) / (step - logged), "held_out": held_out_loss(), "seconds": round(time.monotonic() - start)}
+            row = {
+                "step": step,
+                "train": float(losses) / (step - logged),
+                "held_out": held_out_loss(),
+                "seconds": round(time.monotonic() - start),
+            }
             losses.zero_()
             logged = step
             log.append(row)
@@ -161,14 +169,18 @@ def main() -> None:
         "pictures": len(images),
         "classes": list(split.train.classes),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "hardware": torch.cuda.get_device_name()
+        if cuda
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(time.monotonic() - start),
         "log": log,
     }
     (options.out / "final" / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{logged} steps in {record['seconds']} s, held-out loss {log[-1]['held_out']:.5f}, in {options.out / 'final'}")
+    print(
+        f"{logged} steps in {record['seconds']} s, held-out loss {log[-1]['held_out']:.5f}, in {options.out / 'final'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """A perceptual training loss for any diffusion or flow model, made by the model's own frozen copy.
 
-    from perceptual_diffusion import SelfPerceptualObjective
+from perceptual_diffusion import SelfPerceptualObjective
 
-    objective = SelfPerceptualObjective.wrap(model, noise_scheduler)
-    loss = objective(model, latents, cond={"encoder_hidden_states": text})
+objective = SelfPerceptualObjective.wrap(model, noise_scheduler)
+loss = objective(model, latents, cond={"encoder_hidden_states": text})
 """
 
 from perceptual_diffusion import adapters, distances, parameterizations, schedules, teachers, timesteps, weights

@@ -59,17 +59,23 @@ def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
     """Raise unless `sample` is floating, batched, and of the structure, shape and device of `like`."""
     if isinstance(sample, dict | list | tuple):
         if not sample:
-            raise ValueError(f"`{name}` is empty, expected a tensor of shape (B, *), or a tuple or dict of such tensors.")
+            raise ValueError(
+                f"`{name}` is empty, expected a tensor of shape (B, *), or a tuple or dict of such tensors."
+            )
         if like is not None and not _same_structure(sample, like):
             raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
         keys: list[Any] = list(sample) if isinstance(sample, dict) else list(range(len(sample)))
         for key in keys:
             check_sample(f"{name}[{key!r}]", sample[key], None if like is None else cast(Any, like)[key])
         if len({len(leaf) for leaf in leaves(cast(Sample, sample))}) > 1:
-            raise ValueError(f"`{name}` has shape {describe(sample)}: its tensors differ in dim 0. Give one batch size B.")
+            raise ValueError(
+                f"`{name}` has shape {describe(sample)}: its tensors differ in dim 0. Give one batch size B."
+            )
         return
     if not isinstance(sample, Tensor):
-        raise TypeError(f"`{name}` is {_a(type(sample).__name__)}, expected a tensor of shape (B, *). Pass a torch.Tensor.")
+        raise TypeError(
+            f"`{name}` is {_a(type(sample).__name__)}, expected a tensor of shape (B, *). Pass a torch.Tensor."
+        )
     if not sample.is_floating_point():
         raise TypeError(f"`{name}` has dtype {sample.dtype}, expected a floating dtype. Pass `{name}.float()`.")
     if sample.ndim == 0:
@@ -79,7 +85,9 @@ def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
     if not isinstance(like, Tensor) or sample.shape != like.shape:
         raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
     if sample.device != like.device:
-        raise ValueError(f"`{name}` is on {sample.device}, expected {like.device}, the device of `clean`. Move it there.")
+        raise ValueError(
+            f"`{name}` is on {sample.device}, expected {like.device}, the device of `clean`. Move it there."
+        )
 
 
 def _same_structure(sample: Any, like: Any) -> bool:

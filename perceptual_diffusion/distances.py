@@ -52,7 +52,8 @@ def normalised(predicted: Tensor, true: Tensor) -> Tensor:
 
 
 def _unit(feature: Tensor, dim: int) -> Tensor:
-    return feature / torch.linalg.vector_norm(feature, dim=dim, keepdim=True).clamp_min(EPS)
+    norm: Tensor = torch.linalg.vector_norm(feature, dim=dim, keepdim=True)
+    return feature / norm.clamp_min(EPS)
 
 
 NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -73,8 +74,12 @@ def get(distance: str | Distance) -> Distance:
     """
     if isinstance(distance, str):
         if distance not in NAMED:
-            raise ValueError(f"unknown distance {distance!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
+            raise ValueError(
+                f"unknown distance {distance!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
+            )
         return NAMED[distance]
     if not callable(distance):
-        raise TypeError(f"`distance` is {distance!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
+        raise TypeError(
+            f"`distance` is {distance!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
+        )
     return distance

@@ -31,7 +31,16 @@ from perceptual_diffusion._shapes import (
 )
 from perceptual_diffusion.parameterizations import Prediction, System, mix
 from perceptual_diffusion.schedules import Schedule
-from perceptual_diffusion.types import Cond, Distance, ModelCall, ModelOutput, Sample, Teacher, TimeFunction, TimeSampler
+from perceptual_diffusion.types import (
+    Cond,
+    Distance,
+    ModelCall,
+    ModelOutput,
+    Sample,
+    Teacher,
+    TimeFunction,
+    TimeSampler,
+)
 
 Formulation = Literal["joint", "split"]
 Reduction = Literal["mean", "none"]
@@ -118,7 +127,9 @@ class SelfPerceptualObjective:
         if not (isinstance(mse_weight, int | float) and 0 <= mse_weight < float("inf")):
             raise ValueError(f"`mse_weight` is {mse_weight!r}, expected a number of at least 0.")
         if not callable(teacher):
-            raise TypeError(f"`teacher` is a {type(teacher).__name__}, expected a callable `(x_t, t, cond) -> features`.")
+            raise TypeError(
+                f"`teacher` is a {type(teacher).__name__}, expected a callable `(x_t, t, cond) -> features`."
+            )
         self.schedule, self.prediction, self.teacher = schedule, parameterizations.get(prediction), teacher
         self.call, self.output = call, output
         self.t_range = _check_range(schedule, t_range)
@@ -189,7 +200,15 @@ class SelfPerceptualObjective:
         if _assemble is None:
             raise RuntimeError("no adapters are installed. Import `perceptual_diffusion`, not one of its files.")
         built = _assemble(
-            model, schedule, prediction=prediction, layers=layers, call=call, output=output, teacher=teacher, t=t, truncate=truncate
+            model,
+            schedule,
+            prediction=prediction,
+            layers=layers,
+            call=call,
+            output=output,
+            teacher=teacher,
+            t=t,
+            truncate=truncate,
         )
         return cls(
             **built,
@@ -241,7 +260,9 @@ class SelfPerceptualObjective:
         else:
             self._check_t(t, like)
         if noise is None:
-            noise = map_leaves(lambda x: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), clean)
+            noise = map_leaves(
+                lambda x: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), clean
+            )
         else:
             check_sample("noise", noise, clean)
         model_pred = self.call(model, self._mix(clean, noise, self.schedule(t)), t, cond or {})
@@ -285,7 +306,9 @@ class SelfPerceptualObjective:
         self._check_t(t, first(clean))
         if x_t is not None:
             check_sample("x_t", x_t, clean)
-        return self._loss(model_pred, clean, noise, t, cond, t_prime, x_t, reduction, self._source(first(clean), generator))
+        return self._loss(
+            model_pred, clean, noise, t, cond, t_prime, x_t, reduction, self._source(first(clean), generator)
+        )
 
     def add_noise(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
         """Give x_t = alpha_t clean + sigma_t noise (eq. 2), shape (B, *), for times t of shape (B,)."""
@@ -364,7 +387,9 @@ class SelfPerceptualObjective:
         delta = system.determinant
         clean, noise = -alpha * system.sigma / delta, sigma * system.alpha / delta
         # of the sum, the joint formulation, the numerator is exactly 0 at t' = t
-        of_error = [(sigma * system.alpha - alpha * system.sigma) / delta] if self.formulation == "joint" else [clean, noise]
+        of_error = (
+            [(sigma * system.alpha - alpha * system.sigma) / delta] if self.formulation == "joint" else [clean, noise]
+        )
         clean, noise = alpha * system.b / delta, -sigma * system.a / delta
         of_excess = [clean + noise] if self.formulation == "joint" else [clean, noise]
 
@@ -387,13 +412,17 @@ class SelfPerceptualObjective:
             dtype = compute_dtype(f, g)
             value = self.distance(_split_batch(f.to(dtype), batch), _split_batch(g.to(dtype), batch))
             if not isinstance(value, Tensor) or value.shape != (batch,):
-                raise ValueError(f"`distance` gives {describe(value)}, expected one value per sample, shape ({batch},).")
+                raise ValueError(
+                    f"`distance` gives {describe(value)}, expected one value per sample, shape ({batch},)."
+                )
             values.append(value)
         return torch.stack(values).mean(0)
 
     def _check_features(self, features: Any, batch: int) -> None:
         if not isinstance(features, list | tuple) or not features or not all(isinstance(f, Tensor) for f in features):
-            raise TypeError(f"`teacher` gives {describe(features)}, expected a list of features, one tensor of shape (B, *) per layer.")
+            raise TypeError(
+                f"`teacher` gives {describe(features)}, expected a list of features, one tensor of shape (B, *) per layer."
+            )
         for feature in features:
             if feature.ndim == 0 or (len(feature) % batch if batch else len(feature)):
                 raise ValueError(
@@ -404,13 +433,17 @@ class SelfPerceptualObjective:
     def _weigh(self, weight: TimeFunction, t: Tensor) -> Tensor:
         value = weight(t)
         if not isinstance(value, Tensor) or value.shape != t.shape:
-            raise ValueError(f"`weight` gives {describe(value)}, expected one weight per sample, shape {tuple(t.shape)}.")
+            raise ValueError(
+                f"`weight` gives {describe(value)}, expected one weight per sample, shape {tuple(t.shape)}."
+            )
         return value
 
     def _check_t(self, t: Any, like: Tensor) -> None:
         self.schedule.check("t", t, len(like), like.device, *self.t_range)
 
-    def _draw(self, name: str, sampler: TimeSampler, like: Tensor, t: Tensor | None, generator: torch.Generator) -> Tensor:
+    def _draw(
+        self, name: str, sampler: TimeSampler, like: Tensor, t: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
         drawn = sampler(self.schedule, like, t=t, generator=generator)
         if type(sampler).__module__ != timesteps.__name__:  # a callable of the user's
             bounds = self.t_range if name == "t" else (None, None)
@@ -423,7 +456,9 @@ class SelfPerceptualObjective:
             if not isinstance(generator, torch.Generator):
                 raise TypeError(f"`generator` is a {type(generator).__name__}, expected a torch.Generator.")
             if generator.device.type != like.device.type:
-                raise ValueError(f"`generator` is on {generator.device}, expected {like.device}, the device of `clean`.")
+                raise ValueError(
+                    f"`generator` is on {generator.device}, expected {like.device}, the device of `clean`."
+                )
             return generator
         if self._generator is None or self._generator.device.type != like.device.type:
             seed = torch.initial_seed() if self.seed is None else self.seed

@@ -111,10 +111,14 @@ def get(prediction: str | Prediction) -> Prediction:
     if isinstance(prediction, Prediction):
         return prediction
     if not isinstance(prediction, str):
-        raise TypeError(f"`prediction` is a {type(prediction).__name__}, expected a name or a parameterizations.Prediction.")
+        raise TypeError(
+            f"`prediction` is a {type(prediction).__name__}, expected a name or a parameterizations.Prediction."
+        )
     if prediction not in NAMED:
         names = ", ".join(repr(name) for name in NAMED)
-        raise ValueError(f"unknown prediction {prediction!r}, expected one of {names}, or a parameterizations.Prediction.")
+        raise ValueError(
+            f"unknown prediction {prediction!r}, expected one of {names}, or a parameterizations.Prediction."
+        )
     return NAMED[prediction]
 
 
@@ -208,7 +212,9 @@ def convert(
     source, to = get(source), get(to)
     schedule.check("t", t, len(x_t), x_t.device)
     if x_t.shape != model_output.shape:
-        raise ValueError(f"`model_output` has shape {tuple(model_output.shape)}, expected {tuple(x_t.shape)}, that of `x_t`.")
+        raise ValueError(
+            f"`model_output` has shape {tuple(model_output.shape)}, expected {tuple(x_t.shape)}, that of `x_t`."
+        )
     system = System.of(schedule, source, t)
     if bool((system.determinant.abs() <= SINGULAR).any()):
         raise ValueError(_singular(schedule, source, float(t[system.determinant.abs() <= SINGULAR][0])))
@@ -238,7 +244,13 @@ def check_regular(schedule: Schedule, prediction: Prediction, low: float, high: 
 
 def _singular(schedule: Schedule, prediction: Prediction, t: float) -> str:
     alpha, sigma = (float(s) for s in schedule(torch.tensor([t], dtype=torch.float64)))
-    zero = "alpha is 0 (zero terminal SNR)" if abs(alpha) <= SINGULAR else "sigma is 0" if abs(sigma) <= SINGULAR else "the determinant is 0"
+    zero = (
+        "alpha is 0 (zero terminal SNR)"
+        if abs(alpha) <= SINGULAR
+        else "sigma is 0"
+        if abs(sigma) <= SINGULAR
+        else "the determinant is 0"
+    )
     return (
         f"at t = {t:g} of {schedule!r} {zero}: '{prediction.name}' cannot give back the clean sample and the noise there. "
         f"Use 'v_prediction', or leave that time out with `t_range=(low, high)`."

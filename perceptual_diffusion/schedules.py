@@ -92,9 +92,13 @@ class Schedule(ABC):
             high: the largest time allowed; by default the schedule's.
         """
         if not isinstance(t, Tensor):
-            raise TypeError(f"`{name}` is {type(t).__name__} {t!r}, expected a tensor of shape (B,), one time per sample.")
+            raise TypeError(
+                f"`{name}` is {type(t).__name__} {t!r}, expected a tensor of shape (B,), one time per sample."
+            )
         if t.dtype == torch.bfloat16:
-            raise TypeError(f"`{name}` has dtype torch.bfloat16, which rounds 999 to 1000. Pass times as int64 or float32.")
+            raise TypeError(
+                f"`{name}` has dtype torch.bfloat16, which rounds 999 to 1000. Pass times as int64 or float32."
+            )
         if t.dtype == torch.bool or t.is_complex():
             raise TypeError(f"`{name}` has dtype {t.dtype}, expected an integer or float32. Pass `{name}.float()`.")
         if t.ndim != 1:
@@ -104,10 +108,14 @@ class Schedule(ABC):
         if batch is not None and len(t) != batch:
             raise ValueError(f"`{name}` has shape ({len(t)},), expected ({batch},), one time per sample.")
         if device is not None and t.device != device:
-            raise ValueError(f"`{name}` is on {t.device}, expected {device}, the device of `clean`. Pass `{name}.to(clean.device)`.")
+            raise ValueError(
+                f"`{name}` is on {t.device}, expected {device}, the device of `clean`. Pass `{name}.to(clean.device)`."
+            )
         if not len(t):
             return
-        fraction = (t != t.round()).any() if self.discrete and t.is_floating_point() else t.new_zeros((), dtype=torch.bool)
+        fraction = (
+            (t != t.round()).any() if self.discrete and t.is_floating_point() else t.new_zeros((), dtype=torch.bool)
+        )
         flags = torch.stack([(t != t).any(), fraction]).to(t.dtype)
         bottom, top = self.low if low is None else low, self.high if high is None else high
         least, most, broken, fractional = torch.cat([torch.stack([t.min(), t.max()]), flags]).tolist()  # one transfer
@@ -117,7 +125,9 @@ class Schedule(ABC):
             wrong = least if least < bottom else most
             raise ValueError(f"`{name}` holds {wrong:g}, expected times from {bottom:g} to {top:g}. {self._unit()}")
         if fractional:
-            raise ValueError(f"`{name}` holds a fraction, expected whole indices from {bottom:g} to {top:g}. Pass `{name}.long()`.")
+            raise ValueError(
+                f"`{name}` holds a fraction, expected whole indices from {bottom:g} to {top:g}. Pass `{name}.long()`."
+            )
 
     def _unit(self) -> str:
         return f"The unit of time of {self!r} runs from {self.low:g} to {self.high:g}."
@@ -135,13 +145,19 @@ def _check_snr(schedule: Schedule) -> None:
     for name, scale in (("alpha", alpha), ("sigma", sigma)):
         if not isinstance(scale, Tensor) or scale.shape != t.shape:
             got = tuple(scale.shape) if isinstance(scale, Tensor) else type(scale).__name__
-            raise ValueError(f"`{name}` gives {got} for times of shape {tuple(t.shape)}, expected one scale per time, shape (B,).")
+            raise ValueError(
+                f"`{name}` gives {got} for times of shape {tuple(t.shape)}, expected one scale per time, shape (B,)."
+            )
         if not bool(scale.isfinite().all()):
-            raise ValueError(f"`{name}` is not finite at t = {float(t[~scale.isfinite()][0]):g}. Give finite scales from {schedule.low:g} to {schedule.high:g}.")
+            raise ValueError(
+                f"`{name}` is not finite at t = {float(t[~scale.isfinite()][0]):g}. Give finite scales from {schedule.low:g} to {schedule.high:g}."
+            )
     # alpha_i / sigma_i falls exactly when alpha_i sigma_{i+1} - alpha_{i+1} sigma_i > 0, also where sigma is 0
     turn = alpha[:-1] * sigma[1:] - alpha[1:] * sigma[:-1]
     if not bool((turn > 0).all() or (turn < 0).all()):
-        raise ValueError("the signal-to-noise ratio alpha²/sigma² neither falls nor rises all along t. Give scales whose ratio is monotone.")
+        raise ValueError(
+            "the signal-to-noise ratio alpha²/sigma² neither falls nor rises all along t. Give scales whose ratio is monotone."
+        )
 
 
 class Discrete(Schedule):
@@ -159,12 +175,18 @@ class Discrete(Schedule):
     def __init__(self, alpha_bar: Tensor) -> None:
         table = torch.as_tensor(alpha_bar).detach().to("cpu", torch.float64)
         if table.ndim != 1 or not len(table):
-            raise ValueError(f"`alpha_bar` has shape {tuple(table.shape)}, expected (T,), one value per timestep, T at least 1.")
+            raise ValueError(
+                f"`alpha_bar` has shape {tuple(table.shape)}, expected (T,), one value per timestep, T at least 1."
+            )
         if not bool(((table >= 0) & (table <= 1)).all()):
-            raise ValueError("`alpha_bar` leaves [0, 1] or holds NaN, expected ᾱ_t, the cumulative product of 1 − beta. Pass `scheduler.alphas_cumprod`.")
+            raise ValueError(
+                "`alpha_bar` leaves [0, 1] or holds NaN, expected ᾱ_t, the cumulative product of 1 − beta. Pass `scheduler.alphas_cumprod`."
+            )
         if not bool((table.diff() < 0).all()):
             at = int((table.diff() >= 0).nonzero()[0]) + 1
-            raise ValueError(f"`alpha_bar` does not fall at t = {at}, expected a strictly falling table. Pass ᾱ_t in the order of t = 0 … T − 1.")
+            raise ValueError(
+                f"`alpha_bar` does not fall at t = {at}, expected a strictly falling table. Pass ᾱ_t in the order of t = 0 … T − 1."
+            )
         self.alpha_bar = table
         self.low, self.high = 0, len(table) - 1
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -207,7 +229,9 @@ class Discrete(Schedule):
         return tables[0][index], tables[1][index]
 
     def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        raise ValueError("a discrete schedule has no time derivative, so no 'flow_prediction'. Use 'v_prediction', or a continuous schedule such as schedules.Linear().")
+        raise ValueError(
+            "a discrete schedule has no time derivative, so no 'flow_prediction'. Use 'v_prediction', or a continuous schedule such as schedules.Linear()."
+        )
 
     def at(self, rank: Tensor) -> Tensor:
         return (rank * len(self.alpha_bar)).floor().clamp(0, self.high).long()
@@ -296,7 +320,9 @@ class EDM(Schedule):
         self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, p_mean: float = -1.2, p_std: float = 1.2
     ) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(f"`sigma_min` is {sigma_min!r} and `sigma_max` {sigma_max!r}, expected 0 < sigma_min < sigma_max.")
+            raise ValueError(
+                f"`sigma_min` is {sigma_min!r} and `sigma_max` {sigma_max!r}, expected 0 < sigma_min < sigma_max."
+            )
         if not (math.isfinite(p_mean) and 0 < p_std < math.inf):
             raise ValueError(f"`p_mean` is {p_mean!r} and `p_std` {p_std!r}, expected a number and a positive number.")
         self.sigma_min, self.sigma_max, self.p_mean, self.p_std = sigma_min, sigma_max, p_mean, p_std
@@ -311,10 +337,12 @@ class EDM(Schedule):
         return torch.zeros_like(one), one
 
     def at(self, rank: Tensor) -> Tensor:
-        return (self.p_mean + self.p_std * torch.special.ndtri(rank)).exp().clamp(self.sigma_min, self.sigma_max)
+        sigma: Tensor = (self.p_mean + self.p_std * torch.special.ndtri(rank)).exp()
+        return sigma.clamp(self.sigma_min, self.sigma_max)
 
     def rank(self, t: Tensor) -> Tensor:
-        return torch.special.ndtr((precise(t).log() - self.p_mean) / self.p_std)
+        rank: Tensor = torch.special.ndtr((precise(t).log() - self.p_mean) / self.p_std)
+        return rank
 
     def grid(self) -> Tensor:
         return torch.logspace(math.log10(self.sigma_min), math.log10(self.sigma_max), 1001, dtype=torch.float64)
@@ -341,7 +369,9 @@ class Interpolant(Schedule):
 
     def __init__(self, alpha: TimeFunction, sigma: TimeFunction, *, low: float = 0.0, high: float = 1.0) -> None:
         if not (callable(alpha) and callable(sigma)):
-            raise TypeError("`alpha` and `sigma` must be callables of times of shape (B,), such as `lambda t: 1 - t` and `lambda t: t`.")
+            raise TypeError(
+                "`alpha` and `sigma` must be callables of times of shape (B,), such as `lambda t: 1 - t` and `lambda t: t`."
+            )
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"`low` is {low!r} and `high` {high!r}, expected two numbers, low < high.")
         self.alpha, self.sigma = alpha, sigma
@@ -360,7 +390,7 @@ class Interpolant(Schedule):
 
 
 def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """d function / dt by autograd, shape (B,); 0 where the function does not depend on t."""
+    """D function / dt by autograd, shape (B,); 0 where the function does not depend on t."""
     with torch.enable_grad():
         at = precise(t).detach().requires_grad_()
         value = function(at)

@@ -52,7 +52,9 @@ def select(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         return output
     tensors = [item for item in output if isinstance(item, Tensor)] if isinstance(output, tuple | list) else []
     if not tensors:
-        raise ValueError(f"the tapped layer returns {type(output).__name__}, which holds no tensor. Tap a layer that returns one.")
+        raise ValueError(
+            f"the tapped layer returns {type(output).__name__}, which holds no tensor. Tap a layer that returns one."
+        )
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     same = [item for item in tensors if inputs and item.shape == inputs[0].shape]
     return (same or tensors)[0]
@@ -94,7 +96,9 @@ def run(
 
         return hook
 
-    handles = [layer(model, name).register_forward_hook(watch(name), with_kwargs=True) for name in dict.fromkeys(layers)]
+    handles = [
+        layer(model, name).register_forward_hook(watch(name), with_kwargs=True) for name in dict.fromkeys(layers)
+    ]
     try:
         call()
     except _Stop as caught:
@@ -106,7 +110,9 @@ def run(
             handle.remove()
     missing = [name for name in layers if name not in seen]
     if missing:
-        raise ValueError(f"the layer {missing[0]!r} of {type(model).__name__} did not run in this pass. Tap one that does.")
+        raise ValueError(
+            f"the layer {missing[0]!r} of {type(model).__name__} did not run in this pass. Tap one that does."
+        )
     for name in layers:
         if not isinstance(seen[name], Tensor) or not seen[name].is_floating_point():
             raise ValueError(f"the layer {name!r} gives no floating tensor. Tap another one.")

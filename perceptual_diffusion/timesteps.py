@@ -111,7 +111,9 @@ class Shifted:
 
 def _given(t: Tensor | None, name: str) -> Tensor:
     if t is None:
-        raise ValueError(f"'{name}' places t' relative to t, so it cannot draw t itself. Use 'uniform' or 'logit_normal' for t.")
+        raise ValueError(
+            f"'{name}' places t' relative to t, so it cannot draw t itself. Use 'uniform' or 'logit_normal' for t."
+        )
     return t
 
 
@@ -136,7 +138,9 @@ def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
     """
     if isinstance(sampler, str):
         if sampler not in NAMED:
-            raise ValueError(f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
+            raise ValueError(
+                f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
+            )
         return NAMED[sampler]
     if not callable(sampler):
         raise TypeError(f"`{name}` is {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")

@@ -47,5 +47,7 @@ def get(weight: str | TimeFunction | None, schedule: Schedule, prediction: Predi
     if isinstance(weight, str):
         raise ValueError(f"unknown weight {weight!r}, expected 'none', 'min_snr', or a callable of t.")
     if not callable(weight):
-        raise TypeError(f"`weight` is {weight!r}, expected 'none', 'min_snr', or a callable of t, shape (B,), to shape (B,).")
+        raise TypeError(
+            f"`weight` is {weight!r}, expected 'none', 'min_snr', or a callable of t, shape (B,), to shape (B,)."
+        )
     return weight

@@ -27,7 +27,9 @@ def draw(char: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
         return None
     side = max(width, height)
     image = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(image).text(((side - width) // 2 - left, (side - height) // 2 - top), char, font=font, embedded_color=True)
+    ImageDraw.Draw(image).text(
+        ((side - width) // 2 - left, (side - height) // 2 - top), char, font=font, embedded_color=True
+    )
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
@@ -50,7 +52,9 @@ def main() -> None:
         if emoji.category == "Flags" and tile.tobytes() in seen:  # eight territories fly another country's flag
             continue
         tiles.append(tile)
-        rows.append({"code": emoji.unified, "caption": emoji.name.lower(), "category": emoji.category, "split": "train"})
+        rows.append(
+            {"code": emoji.unified, "caption": emoji.name.lower(), "category": emoji.category, "split": "train"}
+        )
         seen[tile.tobytes()] = seen.get(tile.tobytes(), 0) + 1
     for index in range(HELD_OUT - 1, len(rows), HELD_OUT):
         if seen[tiles[index].tobytes()] == 1:  # a picture that stands twice (five family silhouettes) stays in training

@@ -10,5 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "perceptual_diffusion":
             raise
-        sys.exit(f"the command needs {error.name!r}, which is not installed. Run `pip install 'perceptual-diffusion[demo]'`.")
+        sys.exit(
+            f"the command needs {error.name!r}, which is not installed. Run `pip install 'perceptual-diffusion[demo]'`."
+        )
     app()

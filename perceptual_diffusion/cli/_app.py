@@ -19,7 +19,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """A perceptual training loss for any diffusion or flow model, made by the model's own frozen copy."""
 
@@ -30,7 +32,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data order, noise, dropout and samples.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for what is made.")] = Path("perceptual-diffusion-demo"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")] = "auto",
-    dataset: Annotated[str, typer.Option(help="emoji, digits, fashion-mnist, or a folder of pictures (subfolders are classes).")] = "emoji",
+    dataset: Annotated[
+        str, typer.Option(help="emoji, digits, fashion-mnist, or a folder of pictures (subfolders are classes).")
+    ] = "emoji",
     samples: Annotated[int, typer.Option(help="Samples per model that the metrics see.")] = 288,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run in --out.")] = False,
 ) -> None:

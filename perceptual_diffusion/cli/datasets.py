@@ -97,7 +97,9 @@ def load(name: str) -> Split:
     if folder.is_dir():
         return _folder(folder)
     expected = ", ".join(repr(n) for n in loaders)
-    raise UserError(f"unknown dataset {name!r}, expected one of {expected}, or a folder of pictures; there is no folder {str(folder)!r}.")
+    raise UserError(
+        f"unknown dataset {name!r}, expected one of {expected}, or a folder of pictures; there is no folder {str(folder)!r}."
+    )
 
 
 def emoji_captions() -> list[str]:
@@ -115,7 +117,10 @@ def _emoji() -> Split:
     from PIL import Image
 
     table = _emoji_rows()
-    with resources.as_file(resources.files("perceptual_diffusion") / "assets/emoji/atlas.webp") as path, Image.open(path) as image:
+    with (
+        resources.as_file(resources.files("perceptual_diffusion") / "assets/emoji/atlas.webp") as path,
+        Image.open(path) as image,
+    ):
         atlas = torch.from_numpy(np.array(image.convert("RGB")))
     size, columns, rows = table["size"], table["columns"], table["emoji"]
     tiles = atlas.unflatten(0, (-1, size)).unflatten(2, (columns, size))  # (rows, y, columns, x, rgb)
@@ -137,7 +142,9 @@ def _grey(name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...]) -
         pad = (SIZE - height) // 2
         images = torch.nn.functional.pad(images, (pad, pad, pad, pad))
     rgb = images.clamp(0, 255).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1).contiguous()
-    return Pictures(name=name, images=rgb, labels=labels.long(), classes=classes, mirror=torch.zeros(len(rgb), dtype=torch.bool))
+    return Pictures(
+        name=name, images=rgb, labels=labels.long(), classes=classes, mirror=torch.zeros(len(rgb), dtype=torch.bool)
+    )
 
 
 def _tenth(pictures: Pictures) -> Split:
@@ -150,7 +157,9 @@ def _digits() -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("the digits come with scikit-learn, which is not installed. Run `pip install scikit-learn`.") from error
+        raise UserError(
+            "the digits come with scikit-learn, which is not installed. Run `pip install scikit-learn`."
+        ) from error
     data = load_digits()
     images = torch.from_numpy(data.images).float() * (255 / 16)
     return _tenth(_grey("digits", images, torch.from_numpy(data.target), tuple("0123456789")))
@@ -165,7 +174,9 @@ def _idx(path: Path) -> Tensor:
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
     body = bytearray(raw[4 + 4 * rank :])
     if len(body) != math.prod(shape):
-        raise UserError(f"{str(path)!r} holds {len(body)} bytes, expected {math.prod(shape)} for shape {shape}: it is damaged.")
+        raise UserError(
+            f"{str(path)!r} holds {len(body)} bytes, expected {math.prod(shape)} for shape {shape}: it is damaged."
+        )
     return torch.frombuffer(body, dtype=torch.uint8).reshape(shape)
 
 
@@ -205,7 +216,9 @@ def _folder(folder: Path) -> Split:
 
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
-        raise UserError(f"the folder {str(folder)!r} holds no picture ({', '.join(SUFFIXES)}). Give a folder with pictures in it.")
+        raise UserError(
+            f"the folder {str(folder)!r} holds no picture ({', '.join(SUFFIXES)}). Give a folder with pictures in it."
+        )
     classes = tuple(sorted({p.relative_to(folder).parts[0] if p.parent != folder else "" for p in paths}))
     images, labels, unreadable = [], [], []
     for path in paths:
@@ -217,7 +230,9 @@ def _folder(folder: Path) -> Split:
             continue
         white = Image.new("RGBA", rgba.size, "white")
         rgb = Image.alpha_composite(white, rgba).convert("RGB")
-        images.append(torch.from_numpy(np.array(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))).permute(2, 0, 1))
+        images.append(
+            torch.from_numpy(np.array(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+        )
         labels.append(classes.index(path.relative_to(folder).parts[0] if path.parent != folder else ""))
     if len(images) < 2:
         raise UserError(

@@ -65,7 +65,11 @@ def run(settings: Settings, *, out: Path, resume: bool) -> bool:
     """
     from rich.console import Console
 
-    for name, value, least in (("--steps", settings.steps, 1), ("--samples", settings.samples, 16), ("--seed", settings.seed, 0)):
+    for name, value, least in (
+        ("--steps", settings.steps, 1),
+        ("--samples", settings.samples, 16),
+        ("--seed", settings.seed, 0),
+    ):
         if not least <= value < 2**31:
             raise UserError(f"{name} is {value}, expected a number of at least {least}.")
     device = _device(settings.device)
@@ -80,7 +84,9 @@ def run(settings: Settings, *, out: Path, resume: bool) -> bool:
         console.print(f"Stopped. What was done is kept in {out / 'state'}; go on with the same command and --resume.")
         return False
     except OSError as error:
-        raise UserError(f"cannot write to {str(out)!r}: {error}. Free some space, or use another --out; then --resume.") from error
+        raise UserError(
+            f"cannot write to {str(out)!r}: {error}. Free some space, or use another --out; then --resume."
+        ) from error
     return True
 
 
@@ -91,7 +97,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).add(1).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}. Use cpu.") from error
+        raise UserError(
+            f"--device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}. Use cpu."
+        ) from error
     return device
 
 
@@ -102,7 +110,10 @@ def _prepare(out: Path, resume: bool, console: Any) -> None:
     state, finished = out / "state", (out / "metrics.json").exists()
     if resume:
         if not state.is_dir():
-            raise UserError(f"there is nothing to resume in {str(out)!r}" + (": that run is finished." if finished else ". Run without --resume."))
+            raise UserError(
+                f"there is nothing to resume in {str(out)!r}"
+                + (": that run is finished." if finished else ". Run without --resume.")
+            )
         return
     if state.is_dir():
         raise UserError(f"{str(out)!r} holds an interrupted run. Continue it with --resume, or use another --out.")
@@ -135,10 +146,14 @@ def load_base(classes: int) -> tuple[Any, Any]:
 
     with resources.as_file(resources.files("perceptual_diffusion") / "assets/base") as folder:
         try:
-            model = UNet2DModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+            model = UNet2DModel.from_pretrained(
+                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
             scheduler = DDIMScheduler.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # safetensors, JSON and diffusers each have their own
-            raise UserError(f"the packaged base model in {str(folder)!r} cannot be read: {error}. Install the package again.") from error
+            raise UserError(
+                f"the packaged base model in {str(folder)!r} cannot be read: {error}. Install the package again."
+            ) from error
     if model.class_embedding.num_embeddings != classes + 1:
         null = model.class_embedding.weight[-1:].detach()
         model.class_embedding = torch.nn.Embedding.from_pretrained(null.repeat(classes + 1, 1), freeze=False)
@@ -150,11 +165,22 @@ class _Demo:
     def __init__(
         self, settings: Settings, split: datasets.Split, device: torch.device, out: Path, stop: Stop, console: Any
     ) -> None:
-        self.settings, self.split, self.device, self.out, self.stop, self.console = settings, split, device, out, stop, console
+        self.settings, self.split, self.device, self.out, self.stop, self.console = (
+            settings,
+            split,
+            device,
+            out,
+            stop,
+            console,
+        )
         self.state = out / "state"
         self.train = split.train
         # all of it but the device: a run may move
-        self.key = {k: v for k, v in asdict(settings).items() if k != "device"} | {"objective": OBJECTIVE, "lr": LR, "batch": BATCH}
+        self.key = {k: v for k, v in asdict(settings).items() if k != "device"} | {
+            "objective": OBJECTIVE,
+            "lr": LR,
+            "batch": BATCH,
+        }
         self.start = time.monotonic()
 
     def run(self) -> None:
@@ -164,7 +190,7 @@ class _Demo:
         )
         base = self._base()
         tuned, flops, steps, histories = self._fine_tune(base)
-        models = {"base": base, "guidance": base, **tuned}
+        models = {"base": base, "guidance": base, "mse": tuned["mse"], "self-perceptual": tuned["self-perceptual"]}
         made = {name: self._sample(name, model) for name, model in models.items()}
         pictures = {name: datasets.to_images(latents) for name, latents in made.items()}
         rows = self._measure(pictures, flops, steps)
@@ -186,7 +212,9 @@ class _Demo:
             return model.eval()
         return self._train("base on this data, by MSE", self._tuning(model, "mse"), BASE_STEPS, "base")
 
-    def _fine_tune(self, base: Any) -> tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, list[dict[str, float]]]]:
+    def _fine_tune(
+        self, base: Any
+    ) -> tuple[dict[str, Any], dict[str, int], dict[str, int], dict[str, list[dict[str, float]]]]:
         weights = base.state_dict()
         tunings = {}
         for loss in ("self-perceptual", "mse"):
@@ -213,7 +241,11 @@ class _Demo:
                 bar.update(task, completed=step, info="  ".join(f"L_{k} {v:.4f}" for k, v in means.items()))
 
             return tuning.run(
-                steps, state=self.state / f"{name}.safetensors", stop=self.stop, key={**self.key, "run": name}, progress=show
+                steps,
+                state=self.state / f"{name}.safetensors",
+                stop=self.stop,
+                key={**self.key, "run": name},
+                progress=show,
             )
 
     def _progress(self) -> Any:
@@ -253,12 +285,22 @@ class _Demo:
                 self.stop.check()
 
             made = sample(
-                model, self.scheduler, noise, labels, steps=SAMPLING_STEPS, guidance=guidance, null=len(self.train.classes), batch=48, progress=show
+                model,
+                self.scheduler,
+                noise,
+                labels,
+                steps=SAMPLING_STEPS,
+                guidance=guidance,
+                null=len(self.train.classes),
+                batch=48,
+                progress=show,
             ).cpu()
         save_state(path, {"samples": made}, self.key)
         return made
 
-    def _measure(self, pictures: dict[str, Tensor], flops: dict[str, int], steps: dict[str, int]) -> list[dict[str, Any]]:
+    def _measure(
+        self, pictures: dict[str, Tensor], flops: dict[str, int], steps: dict[str, int]
+    ) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.settings.seed)
         order = torch.randperm(len(self.train), generator=generator)[:10000]
         self.real_n = min(self.settings.samples, len(order) // 2)
@@ -269,8 +311,21 @@ class _Demo:
             apart, reference = known[: self.real_n], known[self.real_n :]
             rows = []
             if len(apart) >= 2:
-                rows.append({"model": "real", "label": "real pictures", "n": len(apart), "passes": 0, "tflop": 0.0, **metrics.compare(reference, apart)})
-                rows[0]["nearest"] = float(metrics.nearest(self.train.images[order[self.real_n :]], self.train.images[order[: self.real_n]]).mean())
+                rows.append(
+                    {
+                        "model": "real",
+                        "label": "real pictures",
+                        "n": len(apart),
+                        "passes": 0,
+                        "tflop": 0.0,
+                        **metrics.compare(reference, apart),
+                    }
+                )
+                rows[0]["nearest"] = float(
+                    metrics.nearest(
+                        self.train.images[order[self.real_n :]], self.train.images[order[: self.real_n]]
+                    ).mean()
+                )
             for name, images in pictures.items():
                 row = metrics.compare(reference, metrics.features(network, images))
                 self.stop.check()
@@ -301,8 +356,13 @@ class _Demo:
         images = {f"samples-{name}.png": report.png(made[shown], COLUMNS) for name, made in pictures.items()}
         grids = {LABELS[name]: f"samples-{name}.png" for name in pictures}
         few = shown[:: max(1, len(shown) // 3)][:2].to(self.device)
-        paths = {LABELS[n]: trajectory(models[n], self.scheduler, noise[few], labels[few], steps=SAMPLING_STEPS) for n in ("base", "mse", "self-perceptual")}
-        images["trajectory.png"] = report.trajectory_png({n: clean.cpu() for n, (clean, _) in paths.items()}, next(iter(paths.values()))[1])
+        paths = {
+            LABELS[n]: trajectory(models[n], self.scheduler, noise[few], labels[few], steps=SAMPLING_STEPS)
+            for n in ("base", "mse", "self-perceptual")
+        }
+        images["trajectory.png"] = report.trajectory_png(
+            {n: clean.cpu() for n, (clean, _) in paths.items()}, next(iter(paths.values()))[1]
+        )
         images["loss.png"] = report.loss_png(histories, flops)
         images["comparison.png"] = report.comparison({caption: images[name] for caption, name in grids.items()})
         facts = {
@@ -319,8 +379,14 @@ class _Demo:
             "pictures": len(self.train),
             "real_n": self.real_n,
             "sampling": {"scheduler": "DDIM, trailing", "steps": SAMPLING_STEPS, "guidance": GUIDANCE},
-            "hardware": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": {"perceptual-diffusion": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "hardware": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "versions": {
+                "perceptual-diffusion": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             "version": __version__,
             "date": datetime.now(UTC).date().isoformat(),
             "seconds": round(time.monotonic() - self.start),
@@ -351,10 +417,16 @@ class _Demo:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("samples of", *METRICS, "distance to training set", "passes per step", title=f"N = {facts['settings']['samples']}, lower is better; {facts['network']}")
+        table = Table(
+            "samples of", *METRICS, "nearest", "passes", title=f"N = {facts['settings']['samples']}, lower is better"
+        )
         for row in facts["rows"]:
-            cells = [f"{row[m]:.4g}" + (f" ± {row[f'{m} ±']:.2g}" if f"{m} ±" in row else "") for m in METRICS]
-            table.add_row(row["label"], *cells, f"{row['nearest']:.3f}", str(row["passes"] or "–"))
+            table.add_row(
+                row["label"],
+                *(report.cell(row, m) for m in METRICS),
+                f"{row['nearest']:.3f}",
+                str(row["passes"] or "–"),
+            )
         console = Console()
         console.print(table)
         for sentence in facts["verdict"]:

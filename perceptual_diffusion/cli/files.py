@@ -67,4 +67,6 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             meta = json.loads((file.metadata() or {})["state"])
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"the saved state {str(path)!r} cannot be read: {error}. Delete its folder and start again.") from error
+        raise UserError(
+            f"the saved state {str(path)!r} cannot be read: {error}. Delete its folder and start again."
+        ) from error

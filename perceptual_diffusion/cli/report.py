@@ -60,7 +60,9 @@ def trajectory_png(rows: dict[str, Tensor], timesteps: list[int]) -> bytes:
     from matplotlib.figure import Figure
 
     count = next(iter(rows.values())).shape[1]
-    figure = Figure(figsize=(1.15 * len(timesteps) + 1.8, 1.15 * len(rows) * count + 0.5), layout="constrained", dpi=100)
+    figure = Figure(
+        figsize=(1.15 * len(timesteps) + 1.8, 1.15 * len(rows) * count + 0.5), layout="constrained", dpi=100
+    )
     axes = figure.subplots(len(rows) * count, len(timesteps), squeeze=False)
     for line, (name, clean) in enumerate(rows.items()):
         for sample in range(count):
@@ -107,26 +109,41 @@ def _figure_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+CLEAR = 0.02
+"""A relative difference of a metric without an error estimate that counts as a change."""
+
+
 def verdict(rows: list[dict[str, Any]], metrics: list[str]) -> list[str]:
-    """Say, for each metric, whether the objective's samples are better or worse than MSE's at the same compute."""
+    """Say, for each metric, whether the objective's samples are better or worse than MSE's at the same compute.
+
+    A difference counts beyond twice the metric's standard deviation, or beyond 2 % where it has none.
+    """
     by_name = {row["model"]: row for row in rows}
     sentences = []
     for metric in metrics:
-        ours, control, base = (by_name[name][metric] for name in ("self-perceptual", "mse", "base"))
-        change = (ours - control) / control if control else 0.0
-        error = max(by_name[name].get(f"{metric} ±", 0.0) for name in ("self-perceptual", "mse"))
-        if abs(ours - control) <= 2 * error:
-            word = "no clear change"
+        ours, control, base, guided = (by_name[n][metric] for n in ("self-perceptual", "mse", "base", "guidance"))
+        error = max(by_name[n].get(f"{metric} ±", 0.0) for n in ("self-perceptual", "mse"))
+        clear = 2 * error or CLEAR * abs(control)
+        if abs(ours - control) <= clear:
+            judged = f"no clear change against MSE (a difference below {number(clear)} is taken for noise)"
         else:
-            word = "better" if ours < control else "worse"
+            judged = f"{'better' if ours < control else 'WORSE'} than MSE by {abs(ours - control) / abs(control):.1%}"
         sentences.append(
-            f"{metric} (lower is better): self-perceptual {ours:.4g}, MSE at the same compute {control:.4g}, "
-            f"base {base:.4g}: {word} than MSE by {abs(change):.1%}."
-            if word != "no clear change"
-            else f"{metric} (lower is better): self-perceptual {ours:.4g}, MSE at the same compute {control:.4g}, base {base:.4g}: "
-            f"{word} (within twice the standard deviation of the estimate, {error:.3g})."
+            f"{metric}, lower is better: self-perceptual {number(ours)}, MSE at the same compute {number(control)}, base {number(base)}, "
+            f"base with guidance {number(guided)}: {judged}."
         )
     return sentences
+
+
+def number(value: float) -> str:
+    """Write a number with at least three digits and no exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def cell(row: dict[str, Any], metric: str) -> str:
+    """Write a metric of a row, with its standard deviation where it has one."""
+    error = row.get(f"{metric} ±")
+    return number(row[metric]) + (f" ± {number(error)}" if error is not None else "")
 
 
 def page(facts: dict[str, Any], pictures: dict[str, bytes], grids: dict[str, str], metrics: list[str]) -> str:
@@ -143,13 +160,17 @@ def page(facts: dict[str, Any], pictures: dict[str, bytes], grids: dict[str, str
         return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}">'
 
     figures = "".join(
-        f"<figure>{image(name, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>" for caption, name in grids.items()
+        f"<figure>{image(name, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, name in grids.items()
     )
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in ["samples of", *metrics, "distance to training set", "N", "passes per step", "training TFLOP"])
+    header = "".join(
+        f"<th>{html.escape(name)}</th>"
+        for name in ["samples of", *metrics, "distance to training set", "N", "passes per step", "training TFLOP"]
+    )
     body = "".join(
         "<tr>"
         + f"<td>{html.escape(row['label'])}</td>"
-        + "".join(f"<td>{_cell(row, metric)}</td>" for metric in metrics)
+        + "".join(f"<td>{cell(row, metric)}</td>" for metric in metrics)
         + f"<td>{row['nearest']:.3f}</td><td>{row['n']}</td>"
         + (f"<td>{row['passes']}</td><td>{row['tflop']:.1f}</td>" if row["passes"] else "<td>–</td><td>–</td>")
         + "</tr>"
@@ -162,7 +183,11 @@ def page(facts: dict[str, Any], pictures: dict[str, bytes], grids: dict[str, str
         f"(the same compute: a step with the objective costs {facts['cost_ratio']:.2f} × an MSE step), batch {facts['batch']}, learning rate {facts['lr']:g}, "
         f"seed {settings['seed']}, on {facts['hardware']}, {facts['date']}."
     )
-    adapted = f"<p>The packaged base knows emoji only: it was first fine-tuned on this data by MSE for {facts['base_steps']} steps.</p>" if facts["base_steps"] else ""
+    adapted = (
+        f"<p>The packaged base knows emoji only: it was first fine-tuned on this data by MSE for {facts['base_steps']} steps.</p>"
+        if facts["base_steps"]
+        else ""
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>perceptual-diffusion demo</title><style>{STYLE}</style></head><body>
 <h1>Self-perceptual fine-tuning: what changed</h1>
@@ -184,8 +209,3 @@ The row of real pictures is {facts["real_n"]} training pictures against the rest
 <p class="lead">Method: Lin &amp; Yang, Diffusion Model with Perceptual Loss, arXiv 2401.00110. Made by perceptual-diffusion {html.escape(facts["version"])}.</p>
 </body></html>
 """
-
-
-def _cell(row: dict[str, Any], metric: str) -> str:
-    error = row.get(f"{metric} ±")
-    return f"{row[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")

@@ -46,7 +46,9 @@ def sample(
 
 
 @torch.no_grad()
-def trajectory(model: Any, scheduler: Any, noise: Tensor, labels: Tensor, *, steps: int = 25, keep: int = 8) -> tuple[Tensor, list[int]]:
+def trajectory(
+    model: Any, scheduler: Any, noise: Tensor, labels: Tensor, *, steps: int = 25, keep: int = 8
+) -> tuple[Tensor, list[int]]:
     """Give x̂_0 along the sampling trajectory (Lin & Yang, figure 5).
 
     Args:

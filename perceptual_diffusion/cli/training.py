@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class FineTuning:
         t = objective.t(objective.schedule, clean, t=None, generator=generator)
         noise = torch.randn(clean.shape, device=clean.device, generator=generator)
         output = self.model(objective.add_noise(clean, noise, t), t, **cond).sample
-        loss = torch.nn.functional.mse_loss(output, objective.target(clean, noise, t))
+        loss: Tensor = (output - cast(Tensor, objective.target(clean, noise, t))).square().mean()
         objective.terms = {"mse": loss.detach()[None]}
         return loss
 
@@ -135,7 +135,7 @@ class FineTuning:
             probe = torch.Generator(self.device).manual_seed(0)
             self._loss(*self._batch(probe), probe).backward()
         self.optimizer.zero_grad(set_to_none=True)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     def run(
         self,
@@ -193,7 +193,9 @@ class FineTuning:
         tensors, meta = load_state(path)
         if meta.get("key") != key:
             changed = {k for k in key if meta.get("key", {}).get(k) != key[k]}
-            raise UserError(f"the state {str(path)!r} belongs to a run with another {', '.join(sorted(changed)) or 'set-up'}. Use the same options, or another --out.")
+            raise UserError(
+                f"the state {str(path)!r} belongs to a run with another {', '.join(sorted(changed)) or 'set-up'}. Use the same options, or another --out."
+            )
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
@@ -212,5 +214,7 @@ class FineTuning:
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the state {str(path)!r} does not fit this run: {error}. Delete its folder and start again.") from error
+            raise UserError(
+                f"the state {str(path)!r} does not fit this run: {error}. Delete its folder and start again."
+            ) from error
         self.done, self.history = int(meta["done"]), list(meta["history"])
