@@ -4,10 +4,6 @@ Draw t, noise the clean sample, predict; turn the prediction into (clean_hat, no
 pair and the predicted pair to t', and compare a frozen teacher's hidden features of the two:
 
     L = || f*(x̂_t', t', c) − f*(x_t', t', c) ||²                                                     (eq. 12)
-
-With y the training target and ŷ the model's prediction of it, the two inputs of the teacher differ by κ (ŷ − y),
-κ = (sigma' alpha − alpha' sigma) / Δ. So x̂_t' = x_t' + κ (ŷ − y) is eqs. 8 to 11 in closed form: exact at t' = t and for
-a perfect prediction in any dtype, where solving for clean_hat and noise_hat first would round twice.
 """
 
 import os
@@ -26,10 +22,16 @@ from perceptual_diffusion._shapes import (
     leaves,
     map_leaves,
     mean_per_sample,
-    over,
-    result_dtype,
 )
-from perceptual_diffusion.parameterizations import Prediction, System, mix
+from perceptual_diffusion.parameterizations import Prediction, System
+from perceptual_diffusion.renoising import (
+    FORMULATIONS,
+    Formulation,
+    input_excess,
+    mix_samples,
+    prediction_error,
+    renoise,
+)
 from perceptual_diffusion.schedules import Schedule
 from perceptual_diffusion.types import (
     Cond,
@@ -42,10 +44,8 @@ from perceptual_diffusion.types import (
     TimeSampler,
 )
 
-Formulation = Literal["joint", "split"]
 Reduction = Literal["mean", "none"]
 
-FORMULATIONS = ("joint", "split")
 REDUCTIONS = ("mean", "none")
 
 _assemble: Callable[..., dict[str, Any]] | None = None
@@ -265,7 +265,7 @@ class SelfPerceptualObjective:
             )
         else:
             check_sample("noise", noise, clean)
-        model_pred = self.call(model, self._mix(clean, noise, self.schedule(t)), t, cond or {})
+        model_pred = self.call(model, mix_samples(clean, noise, self.schedule(t)), t, cond or {})
         return self._loss(model_pred, clean, noise, t, cond, t_prime, None, reduction, generator)
 
     def loss(
@@ -315,14 +315,14 @@ class SelfPerceptualObjective:
         check_sample("clean", clean)
         check_sample("noise", noise, clean)
         self._check_t(t, first(clean))
-        return self._mix(clean, noise, self.schedule(t))
+        return mix_samples(clean, noise, self.schedule(t))
 
     def target(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
         """Give what the model is trained to predict, y = a_t clean + b_t noise, shape (B, *), for times t of shape (B,)."""
         check_sample("clean", clean)
         check_sample("noise", noise, clean)
         self._check_t(t, first(clean))
-        return self._mix(clean, noise, self.prediction.row(self.schedule, t))
+        return mix_samples(clean, noise, self.prediction.row(self.schedule, t))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the teacher, as `nn.Module.to` does, and return the objective."""
@@ -362,13 +362,13 @@ class SelfPerceptualObjective:
         predicted = self.output(model_pred, clean)
         check_sample("model_pred", predicted, clean)
         system = System.of(self.schedule, self.prediction, t)
-        error = map_leaves(lambda p, x, e: _error(p, x, e, system), predicted, clean, noise)
-        excess = None if x_t is None else map_leaves(lambda s, x, e: _excess(s, x, e, system), x_t, clean, noise)
-        alpha, sigma = self.schedule(t_prime)
-        x_tt = self._mix(clean, noise, (alpha, sigma))
-
+        error = prediction_error(predicted, clean, noise, system)
+        excess = None if x_t is None else input_excess(x_t, clean, noise, system)
+        scales = self.schedule(t_prime)
+        x_tt = mix_samples(clean, noise, scales)
+        renoised = renoise(x_tt, error, system=system, scales=scales, formulation=self.formulation, excess=excess)
         cond = cond or {}
-        features = [self.teacher(s, t_prime, cond) for s in self._renoise(x_tt, error, excess, system, alpha, sigma)]
+        features = [self.teacher(sample, t_prime, cond) for sample in renoised]
         with torch.no_grad():
             true = self.teacher(x_tt, t_prime, cond)
         self._check_features(true, len(like))
@@ -379,31 +379,6 @@ class SelfPerceptualObjective:
         if self.weight is not None:
             loss = loss * self._weigh(self.weight, t).to(loss.dtype)
         return loss if reduction == "none" else loss.sum() / max(1, len(loss))
-
-    def _renoise(
-        self, x_tt: Sample, error: Sample, excess: Sample | None, system: System, alpha: Tensor, sigma: Tensor
-    ) -> list[Sample]:
-        """The predicted pair at t' (eqs. 10, 11): one sample for the joint formulation, two for the split one."""
-        delta = system.determinant
-        clean, noise = -alpha * system.sigma / delta, sigma * system.alpha / delta
-        # of the sum, the joint formulation, the numerator is exactly 0 at t' = t
-        of_error = (
-            [(sigma * system.alpha - alpha * system.sigma) / delta] if self.formulation == "joint" else [clean, noise]
-        )
-        clean, noise = alpha * system.b / delta, -sigma * system.a / delta
-        of_excess = [clean + noise] if self.formulation == "joint" else [clean, noise]
-
-        def shift(s: Tensor, d: Tensor, k: Tensor) -> Tensor:
-            wide = compute_dtype(s, d)
-            return (s.to(wide) + over(k, d) * d).to(s.dtype)
-
-        samples = [map_leaves(lambda s, d, k=k: shift(s, d, k), x_tt, error) for k in of_error]
-        if excess is not None:
-            samples = [
-                map_leaves(lambda s, r, k=k: shift(s, r, k), sample, excess)
-                for sample, k in zip(samples, of_excess, strict=True)
-            ]
-        return samples
 
     def _compare(self, features: list[Tensor], true: list[Tensor], batch: int) -> Tensor:
         """Mean over the layers of the distance of their features, shape (B,)."""
@@ -464,25 +439,6 @@ class SelfPerceptualObjective:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self._generator = torch.Generator(like.device).manual_seed((seed + _process_rank()) % 2**63)
         return self._generator
-
-    @staticmethod
-    def _mix(clean: Sample, noise: Sample, scales: tuple[Tensor, Tensor]) -> Sample:
-        return map_leaves(lambda x, e: mix(x, e, *scales), clean, noise)
-
-
-def _error(predicted: Tensor, clean: Tensor, noise: Tensor, system: System) -> Tensor:
-    """ŷ − y, where y is rounded as the model's target is, so that a perfect prediction gives exactly 0."""
-    wide = compute_dtype(predicted, clean, noise)
-    rounded = result_dtype(predicted, clean, noise)
-    target = mix(clean.to(wide), noise.to(wide), system.a, system.b).to(rounded)
-    return predicted.to(wide) - target.to(wide)
-
-
-def _excess(x_t: Tensor, clean: Tensor, noise: Tensor, system: System) -> Tensor:
-    """What the model saw beyond alpha_t x_0 + sigma_t ε, shape (B, *)."""
-    wide = compute_dtype(x_t, clean, noise)
-    rounded = result_dtype(x_t, clean, noise)
-    return x_t.to(wide) - mix(clean.to(wide), noise.to(wide), system.alpha, system.sigma).to(rounded).to(wide)
 
 
 def _split_batch(feature: Tensor, batch: int) -> Tensor:
