@@ -254,7 +254,7 @@ def test_a_damaged_base_model_is_named(tmp_path, monkeypatch):
     for file in BASE.iterdir():
         (tmp_path / "assets" / "base" / file.name).write_bytes(file.read_bytes()[:5000])
     monkeypatch.setattr(demo.resources, "files", lambda package: tmp_path)
-    with pytest.raises(UserError, match="base model .* cannot be read"):
+    with pytest.raises(UserError, match=r"base model .* cannot be read"):
         demo.load_base(9)
 
 
@@ -357,15 +357,43 @@ def test_nearest_is_zero_for_a_copy_and_the_pixel_distance_otherwise():
     torch.testing.assert_close(near, torch.tensor([0.0, 0.2]), atol=1e-5, rtol=1e-4)
 
 
-def _rows(ours, control, error):
+def test_the_paired_kid_difference_equals_leaving_samples_out_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(9, 1280, generator=generator), torch.randn(6, 1280, generator=generator)
+    other = fake + 0.3 * torch.randn(6, 1280, generator=generator) + 0.5
+
+    def kid(samples):
+        def kernel(x, y):
+            return (x.double() @ y.double().T / 1280 + 1) ** 3
+
+        def off_diagonal(k):
+            return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
+
+        return 1000 * (
+            off_diagonal(kernel(real, real)) + off_diagonal(kernel(samples, samples)) - 2 * kernel(samples, real).mean()
+        )
+
+    left_out = torch.stack([kid(fake[torch.arange(6) != i]) - kid(other[torch.arange(6) != i]) for i in range(6)])
+    error = (5 / 6 * (left_out - left_out.mean()).square().sum()).sqrt()
+    difference = metrics.kid_difference(real, fake, other)
+    assert difference == pytest.approx((float(kid(fake) - kid(other)), float(error)), rel=1e-9)
+    assert metrics.kid_difference(real, fake, fake) == (0.0, 0.0)
+
+
+def _rows(ours, control):
     values = {"real": 1.0, "base": 12.0, "guidance": 9.0, "mse": control, "self-perceptual": ours}
-    return [{"model": name, "KID": value, "KID ±": error} for name, value in values.items()]
+    return [{"model": name, "KID": value} for name, value in values.items()]
 
 
 def test_the_verdict_says_worse_when_it_is_worse():
-    assert "WORSE than MSE by 20.0%" in report.verdict(_rows(12.0, 10.0, 0.1), ["KID"])[0]
-    assert "better than MSE by 20.0%" in report.verdict(_rows(8.0, 10.0, 0.1), ["KID"])[0]
-    assert "no clear change" in report.verdict(_rows(9.9, 10.0, 0.1), ["KID"])[0]
+    assert "WORSE than MSE by 2, 20.0%." in report.verdict(_rows(12.0, 10.0), ["KID"])[0]
+    assert "better than MSE by 2, 20.0%." in report.verdict(_rows(8.0, 10.0), ["KID"])[0]
+    assert "no clear change" in report.verdict(_rows(9.9, 10.0), ["KID"])[0]
+    assert "no clear change" in report.verdict(_rows(8.0, 10.0), ["KID"], {"KID": (-2.0, 1.5)})[0]
+    assert (
+        "WORSE than MSE by 0.1, 1.0% (standard error 0.01)"
+        in report.verdict(_rows(10.1, 10.0), ["KID"], {"KID": (0.1, 0.01)})[0]
+    )
 
 
 def test_the_command_tells_its_version_and_its_options():

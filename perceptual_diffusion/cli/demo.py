@@ -26,8 +26,8 @@ LR = 1e-4
 SAMPLING_STEPS = 25
 GUIDANCE = 3.0
 BASE_STEPS = 300
-OBJECTIVE: dict[str, Any] = {"mse_weight": 1.0}
-"""The recipe: arguments of `SelfPerceptualObjective.wrap`."""
+OBJECTIVE: dict[str, Any] = {"distance": "normalised", "mse_weight": 1.0}
+"""The recipe, arguments of `SelfPerceptualObjective.wrap`: docs/decisions/0007-the-recipe-of-the-demo.md."""
 COLUMNS = 8
 METRICS = [f"FD-{metrics.NETWORK}", f"KID-{metrics.NETWORK}"]
 LABELS = {
@@ -326,8 +326,10 @@ class _Demo:
                         self.train.images[order[self.real_n :]], self.train.images[order[: self.real_n]]
                     ).mean()
                 )
+            seen = {}
             for name, images in pictures.items():
-                row = metrics.compare(reference, metrics.features(network, images))
+                seen[name] = metrics.features(network, images)
+                row = metrics.compare(reference, seen[name])
                 self.stop.check()
                 rows.append(
                     {
@@ -340,6 +342,8 @@ class _Demo:
                         "tflop": flops.get(name, 0) * steps.get(name, 0) / 1e12,
                     }
                 )
+            difference = metrics.kid_difference(reference, seen["self-perceptual"], seen["mse"])
+            self.differences = {f"KID-{metrics.NETWORK}": difference}
         return rows
 
     def _write(
@@ -366,8 +370,9 @@ class _Demo:
         images["loss.png"] = report.loss_png(histories, flops)
         images["comparison.png"] = report.comparison({caption: images[name] for caption, name in grids.items()})
         facts = {
-            "verdict": report.verdict(rows, METRICS),
+            "verdict": report.verdict(rows, METRICS, self.differences),
             "rows": rows,
+            "difference to mse and its standard error": self.differences,
             "network": f"{metrics.NETWORK} (EfficientNet-Lite0, ImageNet; pictures at {metrics.RESOLUTION} px)",
             "settings": asdict(self.settings),
             "objective": OBJECTIVE,

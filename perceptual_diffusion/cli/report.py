@@ -113,24 +113,30 @@ CLEAR = 0.02
 """A relative difference of a metric without an error estimate that counts as a change."""
 
 
-def verdict(rows: list[dict[str, Any]], metrics: list[str]) -> list[str]:
+def verdict(
+    rows: list[dict[str, Any]], metrics: list[str], differences: dict[str, tuple[float, float]] | None = None
+) -> list[str]:
     """Say, for each metric, whether the objective's samples are better or worse than MSE's at the same compute.
 
-    A difference counts beyond twice the metric's standard deviation, or beyond 2 % where it has none.
+    Args:
+        rows: the metrics of each model.
+        metrics: names of the metrics, all of them better when lower.
+        differences: for some metrics, the difference to MSE and its standard error: twice the error counts as a
+            change. Without one, 2 % does.
     """
     by_name = {row["model"]: row for row in rows}
     sentences = []
     for metric in metrics:
         ours, control, base, guided = (by_name[n][metric] for n in ("self-perceptual", "mse", "base", "guidance"))
-        error = max(by_name[n].get(f"{metric} ±", 0.0) for n in ("self-perceptual", "mse"))
-        clear = 2 * error or CLEAR * abs(control)
-        if abs(ours - control) <= clear:
-            judged = f"no clear change against MSE (a difference below {number(clear)} is taken for noise)"
+        difference, error = (differences or {}).get(metric, (ours - control, CLEAR * abs(control) / 2))
+        if abs(difference) <= 2 * error:
+            judged = f"no clear change against MSE (below {number(2 * error)} is taken for noise)"
         else:
-            judged = f"{'better' if ours < control else 'WORSE'} than MSE by {abs(ours - control) / abs(control):.1%}"
+            judged = f"{'better' if difference < 0 else 'WORSE'} than MSE by {number(abs(difference))}, {abs(difference / control):.1%}"
+            judged += f" (standard error {number(error)})" if metric in (differences or {}) else ""
         sentences.append(
-            f"{metric}, lower is better: self-perceptual {number(ours)}, MSE at the same compute {number(control)}, base {number(base)}, "
-            f"base with guidance {number(guided)}: {judged}."
+            f"{metric}, lower is better: self-perceptual {number(ours)}, MSE at the same compute {number(control)}, "
+            f"base {number(base)}, base with guidance {number(guided)}: {judged}."
         )
     return sentences
 
@@ -199,7 +205,7 @@ def page(facts: dict[str, Any], pictures: dict[str, bytes], grids: dict[str, str
 <div class="wide"><table><tr>{header}</tr>{body}</table></div>
 <ul>{sentences}</ul>
 <p class="lead">Features of {html.escape(facts["network"])}; a Fréchet distance in them is not FID, depends on N, and is compared at equal N only. KID is times 1000,
-± is its standard deviation over subsets. The distance to the training set is the root mean square pixel difference to the nearest training picture: near 0 would mean copies.
+± is its standard deviation over subsets of half the samples; the standard error of a difference is that of paired samples. The distance to the training set is the root mean square pixel difference to the nearest training picture: near 0 would mean copies.
 The row of real pictures is {facts["real_n"]} training pictures against the rest. One seed: a small difference may be chance.</p>
 <h2>The clean sample as predicted along the trajectory</h2>
 <p>x̂_0 at timesteps from noise (left) to data (right), as in the paper's figure 5.</p>
