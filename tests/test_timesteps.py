@@ -188,7 +188,7 @@ def test_near_has_a_standard_deviation_of_100_by_default():
 def test_near_is_clamped_to_the_schedule(schedule, end):
     bound = schedule.at(torch.tensor([end], dtype=torch.float64))
     bound = bound if schedule.discrete else bound.float()
-    t = draw(Near(), schedule, t=bound.expand(2000))
+    t = draw(Near(), schedule, 2000, t=bound.expand(2000))
     assert ((t >= bound) if end == 0 else (t <= bound)).all()
     assert 0.4 < float((t == bound).float().mean()) < 0.6
 
