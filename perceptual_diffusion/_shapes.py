@@ -1,5 +1,6 @@
 """The one place that knows about shapes: (B,) over (B, *), nested samples, and the dtype to compute in."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -128,5 +129,6 @@ def over(scale: Tensor, sample: Tensor) -> Tensor:
 
 def mean_per_sample(value: Tensor) -> Tensor:
     """Mean over all but the first dimension: (B, *) to (B,); 0 where there is nothing to average."""
-    flat = value.reshape(len(value), -1) if value.numel() else value.new_zeros(len(value), 1)
-    return flat.mean(1)
+    if value.ndim == 1:
+        return value
+    return value.flatten(1).sum(1) / max(1, math.prod(value.shape[1:]))

@@ -34,8 +34,8 @@ def cosine(predicted: Tensor, true: Tensor) -> Tensor:
 
     Written as half the squared distance of the unit vectors, which is the same and exactly 0 for equal features.
     """
-    if not predicted.numel():
-        return predicted.new_zeros(len(predicted))
+    if predicted.ndim == 1:
+        predicted, true = predicted[:, None], true[:, None]
     return (_unit(predicted.flatten(1), 1) - _unit(true.flatten(1), 1)).square().sum(1) / 2
 
 
@@ -45,9 +45,9 @@ def normalised(predicted: Tensor, true: Tensor) -> Tensor:
     The channels are dim 1 of maps and volumes and the last dim of tokens (B, N, C). A few channels of huge value, as
     transformers have them, weigh on the direction of each vector but no longer on its scale.
     """
-    channel = -1 if predicted.ndim == 3 else min(1, predicted.ndim - 1)
     if predicted.ndim == 1:
         predicted, true = predicted[:, None], true[:, None]
+    channel = -1 if predicted.ndim == 3 else 1
     return mean_per_sample((_unit(predicted, channel) - _unit(true, channel)).square().sum(channel))
 
 

@@ -7,7 +7,7 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -132,12 +132,20 @@ class SelfPerceptualObjective:
             )
         self.schedule, self.prediction, self.teacher = schedule, parameterizations.get(prediction), teacher
         self.call, self.output = call, output
-        self.t_range = _check_range(schedule, t_range)
-        parameterizations.check_regular(schedule, self.prediction, *self.t_range)
+        for name, value in (("call", call), ("output", output)):
+            if not callable(value):
+                raise TypeError(f"`{name}` is {value!r}, expected a callable.")
+        if not (seed is None or isinstance(seed, int)):
+            raise TypeError(f"`seed` is {seed!r}, expected an int, or None for torch's initial seed.")
         sampler = timesteps.get("t", t)
         if isinstance(sampler, timesteps.Near | timesteps.Shifted):
             raise ValueError(f"`t` is {t!r}, which places t' relative to t. Use 'uniform' or 'logit_normal' for t.")
-        self.t = timesteps.within(sampler, *self.t_range) if t_range is not None else sampler
+        low, high = _check_range(schedule, t_range)
+        self.t = timesteps.within(sampler, low, high) if t_range is not None else sampler
+        if t_range is None and isinstance(sampler, timesteps.Uniform):
+            low, high = _regular_part(schedule, self.prediction, sampler)
+        parameterizations.check_regular(schedule, self.prediction, low, high)
+        self.t_range = low, high
         self.t_prime = timesteps.get("t_prime", t_prime)
         self.distance = distances.get(distance)
         self.formulation, self.mse_weight = formulation, float(mse_weight)
@@ -265,7 +273,8 @@ class SelfPerceptualObjective:
             )
         else:
             check_sample("noise", noise, clean)
-        model_pred = self.call(model, mix_samples(clean, noise, self.schedule(t)), t, cond or {})
+        cond = _check_cond(cond)
+        model_pred = self.call(model, mix_samples(clean, noise, self.schedule(t)), t, cond)
         return self._loss(model_pred, clean, noise, t, cond, t_prime, None, reduction, generator)
 
     def loss(
@@ -335,10 +344,11 @@ class SelfPerceptualObjective:
         """Give the state of the objective's own generator, uint8, to be saved with the run; None before its first use."""
         return None if self._generator is None else self._generator.get_state()
 
-    def set_rng_state(self, state: Tensor, device: torch.device | str = "cpu") -> None:
+    def set_rng_state(self, state: Tensor | None, device: torch.device | str = "cpu") -> None:
         """Continue the objective's own generator from a saved state, on the device it was used on."""
-        self._generator = torch.Generator(device)
-        self._generator.set_state(state.cpu())
+        self._generator = None if state is None else torch.Generator(device)
+        if self._generator is not None and state is not None:
+            self._generator.set_state(state.cpu())
 
     def _loss(
         self,
@@ -367,11 +377,16 @@ class SelfPerceptualObjective:
         scales = self.schedule(t_prime)
         x_tt = mix_samples(clean, noise, scales)
         renoised = renoise(x_tt, error, system=system, scales=scales, formulation=self.formulation, excess=excess)
-        cond = cond or {}
+        cond = _check_cond(cond)
         features = [self.teacher(sample, t_prime, cond) for sample in renoised]
         with torch.no_grad():
             true = self.teacher(x_tt, t_prime, cond)
-        self._check_features(true, len(like))
+        for given in (true, *features):
+            self._check_features(given, len(like))
+            if [f.shape for f in given] != [f.shape for f in true]:
+                raise ValueError(
+                    f"`teacher` gives features of shapes {describe(given)} and {describe(true)}, expected the same in every pass."
+                )
         perceptual = torch.stack([self._compare(f, true, len(like)) for f in features]).sum(0)
         square = torch.stack([mean_per_sample(leaf.square()) for leaf in leaves(error)]).mean(0)
         self.terms = {"sp": perceptual.detach(), "mse": square.detach()}
@@ -456,6 +471,27 @@ def _check_range(schedule: Schedule, t_range: tuple[float, float] | None) -> tup
     if not schedule.low <= low < high <= schedule.high:
         raise ValueError(f"`t_range` is {t_range!r}, expected {schedule.low:g} <= low < high <= {schedule.high:g}.")
     return low, high
+
+
+def _regular_part(schedule: Schedule, prediction: Prediction, sampler: timesteps.Uniform) -> tuple[float, float]:
+    """The whole schedule, or if it is singular somewhere, the part of it that the sampler draws."""
+    try:
+        parameterizations.check_regular(schedule, prediction, schedule.low, schedule.high)
+    except ValueError:
+        low = schedule.low if sampler.low is None else sampler.low
+        return low, schedule.high if sampler.high is None else sampler.high
+    return schedule.low, schedule.high
+
+
+def _check_cond(cond: Any) -> Cond:
+    if cond is None:
+        return {}
+    if not isinstance(cond, Mapping):
+        raise TypeError(
+            f"`cond` is a {type(cond).__name__}, expected a mapping of the model's keyword arguments, such as "
+            "`{'encoder_hidden_states': text}`."
+        )
+    return cond
 
 
 def _process_rank() -> int:

@@ -8,6 +8,7 @@ of which Lin & Yang's eqs. 8 and 9 are the v-prediction case. Δ = 0 means that 
 singular there: the prediction does not determine the clean sample and the noise.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     Returns:
         a = (1 − c_skip) / c_out, b = −c_skip sigma / c_out, on `schedules.EDM`.
     """
-    if not sigma_data > 0:
+    if not 0 < sigma_data < math.inf:
         raise ValueError(f"`sigma_data` is {sigma_data!r}, expected a positive number.")
 
     def row(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,8 +217,9 @@ def convert(
             f"`model_output` has shape {tuple(model_output.shape)}, expected {tuple(x_t.shape)}, that of `x_t`."
         )
     system = System.of(schedule, source, t)
-    if bool((system.determinant.abs() <= SINGULAR).any()):
-        raise ValueError(_singular(schedule, source, float(t[system.determinant.abs() <= SINGULAR][0])))
+    bad = _is_singular(system.determinant)
+    if bool(bad.any()):
+        raise ValueError(_singular(schedule, source, float(t[bad][0])))
     a, b = to.row(schedule, t)
     if not bool((a.isfinite() & b.isfinite()).all()):
         raise ValueError(f"'{to.name}' is infinite at one of the times. Draw t where sigma is above 0.")
@@ -236,10 +238,13 @@ def check_regular(schedule: Schedule, prediction: Prediction, low: float, high: 
     grid = schedule.grid()
     ends = torch.tensor([max(low, float(grid[0])), min(high, float(grid[-1]))], dtype=grid.dtype)
     t = torch.cat([grid[(grid >= low) & (grid <= high)], ends])
-    determinant = System.of(schedule, prediction, t).determinant
-    bad = ~(determinant.abs() > SINGULAR) | ~determinant.isfinite()
+    bad = _is_singular(System.of(schedule, prediction, t).determinant)
     if bool(bad.any()):
         raise ValueError(_singular(schedule, prediction, float(t[bad][0])))
+
+
+def _is_singular(determinant: Tensor) -> Tensor:
+    return ~((determinant.abs() > SINGULAR) & determinant.isfinite())
 
 
 def _singular(schedule: Schedule, prediction: Prediction, t: float) -> str:

@@ -64,8 +64,8 @@ class Schedule(ABC):
 
     def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
         """Give the ranks between which exactly the times from `low` to `high` lie; None is the schedule's own end."""
-        first = 0.0 if low is None else float(self.rank(torch.tensor([low])))
-        last = 1.0 if high is None else float(self.rank(torch.tensor([high])))
+        first = 0.0 if low is None else float(self.rank(torch.tensor([low], dtype=torch.float64)))
+        last = 1.0 if high is None else float(self.rank(torch.tensor([high], dtype=torch.float64)))
         return first, last
 
     def grid(self) -> Tensor:
@@ -118,6 +118,8 @@ class Schedule(ABC):
         )
         flags = torch.stack([(t != t).any(), fraction]).to(t.dtype)
         bottom, top = self.low if low is None else low, self.high if high is None else high
+        if t.is_floating_point():  # an end is itself in the dtype of the times
+            bottom, top = torch.tensor([bottom, top], dtype=torch.float64).to(t.dtype).tolist()
         least, most, broken, fractional = torch.cat([torch.stack([t.min(), t.max()]), flags]).tolist()  # one transfer
         if broken:
             raise ValueError(f"`{name}` holds NaN, expected times from {bottom:g} to {top:g}.")
@@ -152,6 +154,12 @@ def _check_snr(schedule: Schedule) -> None:
             raise ValueError(
                 f"`{name}` is not finite at t = {float(t[~scale.isfinite()][0]):g}. Give finite scales from {schedule.low:g} to {schedule.high:g}."
             )
+    for name, scale in (("alpha", alpha), ("sigma", sigma)):
+        if bool((scale < 0).any()):
+            raise ValueError(
+                f"`{name}` is negative at t = {float(t[scale < 0][0]):g}, so the signal-to-noise ratio alpha²/sigma² is not "
+                "monotone. Give scales of at least 0; the sign of a prediction belongs to `prediction=`."
+            )
     # alpha_i / sigma_i falls exactly when alpha_i sigma_{i+1} - alpha_{i+1} sigma_i > 0, also where sigma is 0
     turn = alpha[:-1] * sigma[1:] - alpha[1:] * sigma[:-1]
     if not bool((turn > 0).all() or (turn < 0).all()):
@@ -173,7 +181,7 @@ class Discrete(Schedule):
     discrete = True
 
     def __init__(self, alpha_bar: Tensor) -> None:
-        table = torch.as_tensor(alpha_bar).detach().to("cpu", torch.float64)
+        table = torch.as_tensor(alpha_bar).detach().to("cpu", torch.float64, copy=True)
         if table.ndim != 1 or not len(table):
             raise ValueError(
                 f"`alpha_bar` has shape {tuple(table.shape)}, expected (T,), one value per timestep, T at least 1."
@@ -241,7 +249,7 @@ class Discrete(Schedule):
 
     def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
         half = 0.5 / len(self.alpha_bar)  # an index owns the ranks half a step to either side
-        first, last = super().ranks(low, high)
+        first, last = super().ranks(None if low is None else math.ceil(low), None if high is None else math.floor(high))
         return first if low is None else first - half, last if high is None else last + half
 
     def grid(self) -> Tensor:

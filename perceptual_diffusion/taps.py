@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perceptual_diffusion.types import FeatureSelect
@@ -84,6 +85,7 @@ def run(
         ValueError: a layer does not exist, did not run, or gives no floating tensor.
     """
     seen: dict[str, Tensor] = {}
+    grad = torch.is_grad_enabled()
     signal = _Stop()
 
     def watch(name: str) -> Callable[..., None]:
@@ -93,12 +95,15 @@ def run(
             seen[name] = select(output, args, kwargs)
             if stop and len(seen) == len(set(layers)):
                 raise signal
+            # What runs next may write into the feature, so it is copied; but not inside a reentrant checkpoint, which
+            # runs without grad and gives its output a graph afterwards.
+            if isinstance(seen[name], Tensor) and torch.is_grad_enabled() == grad:
+                seen[name] = seen[name].clone()
 
         return hook
 
-    handles = [
-        layer(model, name).register_forward_hook(watch(name), with_kwargs=True) for name in dict.fromkeys(layers)
-    ]
+    modules = {name: layer(model, name) for name in layers}
+    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
     try:
         call()
     except _Stop as caught:

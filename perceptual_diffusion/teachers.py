@@ -1,6 +1,7 @@
 """Where f* comes from: a frozen copy of the model that holds only what runs up to the last tapped layer, or a module."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -15,6 +16,10 @@ from perceptual_diffusion.types import Cond, FeatureSelect, ModelCall, Sample
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class DroppedError(AttributeError, ValueError):
+    """A pass needs a module that the truncated copy no longer holds."""
+
+
 class Dropped(nn.Module):
     """Stands where the teacher held a module that no pass up to the last tapped layer runs."""
 
@@ -22,11 +27,16 @@ class Dropped(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise DroppedError(
             f"the teacher's copy no longer holds {self.name!r}, which its first pass did not run but this one does. "
             "Give the first pass every condition that is used later, or wrap with `truncate=False`."
         )
+
+    forward = __iter__ = __getitem__ = __contains__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refuse()
 
 
 class _Used(TorchFunctionMode):
@@ -161,11 +171,12 @@ class CopyTeacher(ModuleTeacher):
 
 
 def _drop(module: nn.Module, ran: set[nn.Module], used: set[int], path: str = "") -> None:
-    """Replace every largest submodule of which nothing ran and nothing was used."""
+    """Replace every largest submodule of which nothing ran and nothing was used; lists keep their length."""
     for name, child in list(module.named_children()):
         where = f"{path}{name}"
         tensors = [*child.parameters(), *child.buffers()]
-        if any(m in ran for m in child.modules()) or any(id(tensor) in used for tensor in tensors):
+        needed = any(m in ran for m in child.modules()) or any(id(tensor) in used for tensor in tensors)
+        if needed or isinstance(child, nn.ModuleList | nn.ModuleDict):
             _drop(child, ran, used, f"{where}.")
         elif tensors:
             module._modules[name] = Dropped(where)
@@ -183,16 +194,21 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"`model` is partitioned ({name!r} is not whole on this process). Call `wrap` before FSDP or DeepSpeed partitions it."
             )
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for table in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            # hooks stay with the original; but weight_norm and spectral_norm compute the weight in theirs
+            kept = ((k, hook) for k, hook in table.items() if type(hook).__module__.startswith("torch.nn.utils"))
+            memo[id(table)] = OrderedDict(kept)
     try:
-        copied = copy.deepcopy(model)
-    except RuntimeError as error:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # whatever a model holds may refuse in its own way
         raise ValueError(f"`model` cannot be copied: {error}. Copy it yourself and pass it as `teacher=`.") from error
-    for module in copied.modules():
-        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
-        for table in hooks:
-            for key, hook in list(table.items()):  # weight_norm and spectral_norm compute the weight in a hook
-                if not type(hook).__module__.startswith("torch.nn.utils"):
-                    del table[key]
     for tensor in (*copied.parameters(), *copied.buffers()):
         tensor.grad = None
     return copied.eval().requires_grad_(False)

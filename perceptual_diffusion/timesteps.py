@@ -148,5 +148,11 @@ def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
 
 
 def within(sampler: TimeSampler, low: float, high: float) -> TimeSampler:
-    """Restrict a sampler of t to [low, high]; a callable of the user's is left as it is."""
-    return replace(sampler, low=low, high=high) if isinstance(sampler, Uniform) else sampler
+    """Restrict a sampler of t to the part of [low, high] that it draws; a callable of the user's is left as it is."""
+    if not isinstance(sampler, Uniform):
+        return sampler
+    return replace(
+        sampler,
+        low=low if sampler.low is None else max(low, sampler.low),
+        high=high if sampler.high is None else min(high, sampler.high),
+    )

@@ -30,7 +30,9 @@ class MinSNR:
         system = System.of(self.schedule, self.prediction, t)
         delta = system.determinant
         weight = torch.minimum(system.alpha**2, self.gamma * system.sigma**2) / delta**2
-        return torch.where(delta == 0, 1 / system.b**2, weight)  # at alpha = 0 'epsilon' tends to 1
+        # where Δ is 0, alpha / Δ tends to 1 / b (at alpha = 0, where a is 0), or sigma / Δ to 1 / a (at sigma = 0)
+        limit = torch.where(system.alpha == 0, 1 / system.b**2, self.gamma / system.a**2)
+        return torch.where(delta == 0, limit, weight)
 
 
 def get(weight: str | TimeFunction | None, schedule: Schedule, prediction: Prediction) -> TimeFunction | None:

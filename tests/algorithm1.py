@@ -1,4 +1,4 @@
-"""Algorithm 1 of Lin & Yang (arXiv 2401.00110) in plain torch: the oracle of the tests. It imports nothing of the package."""
+"""Algorithm 1 of Lin & Yang (arXiv 2401.00110) in plain torch, the oracle of the tests: nothing of the package is in it."""
 
 import copy
 
@@ -32,7 +32,9 @@ def features(frozen, layers, call, x, t, cond):
     """One full pass of the frozen model; hooks store the outputs of the layers."""
     stored, modules = {}, dict(frozen.named_modules())
     hooks = [
-        modules[n].register_forward_hook(lambda m, a, out, n=n: stored.update({n: out[0] if isinstance(out, tuple) else out}))
+        modules[n].register_forward_hook(
+            lambda m, a, out, n=n: stored.update({n: out[0] if isinstance(out, tuple) else out})
+        )
         for n in layers
     ]
     call(frozen, x, t, cond)
@@ -63,7 +65,9 @@ def algorithm1(
     distance="mse", formulation="joint", x_t=None, **constants,
 ):  # fmt: skip
     """The loss of each sample, (B,); `at_t` and `at_t_prime` are (alpha, sigma), each of shape (B,)."""
-    alpha, sigma, alpha_tt, sigma_tt = (s.to(clean.dtype).view(-1, *[1] * (clean.ndim - 1)) for s in (*at_t, *at_t_prime))
+    alpha, sigma, alpha_tt, sigma_tt = (
+        s.to(clean.dtype).view(-1, *[1] * (clean.ndim - 1)) for s in (*at_t, *at_t_prime)
+    )
     x_t = alpha * clean + sigma * noise if x_t is None else x_t  # eq. 2
     clean_hat, noise_hat = solve(kind, x_t, model_output, alpha, sigma, **constants)
     pairs = {"joint": [(clean_hat, noise_hat)], "split": [(clean_hat, noise), (clean, noise_hat)]}[formulation]

@@ -1,12 +1,14 @@
+"""The objective: equal to Algorithm 1 in loss and gradient, exact where theory is exact, and strict about its input."""
+
 import copy
 import math
 
 import pytest
 import torch
 from algorithm1 import DISTANCES, algorithm1, freeze
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TOLERANCE, MLP, ConvNet, TwoStreams, distance, unet
+from models import MLP, TOLERANCE, ConvNet, TwoStreams, distance, unet
 
 from perceptual_diffusion import SelfPerceptualObjective, parameterizations, schedules, timesteps
 from perceptual_diffusion.parameterizations import edm
@@ -46,7 +48,8 @@ CASES = {
     ),
     "linear": (schedules.Linear(), lambda t: (1 - t, t), lambda t: (-1.0, 1.0), FLOW, UNIT),
     "linear_shift_3": (
-        schedules.Linear(shift=3), lambda t: (1 - 3 * t / (1 + 2 * t), 3 * t / (1 + 2 * t)), lambda t: (-1.0, 1.0), FLOW, UNIT
+        schedules.Linear(shift=3), lambda t: (1 - 3 * t / (1 + 2 * t), 3 * t / (1 + 2 * t)),
+        lambda t: (-1.0, 1.0), FLOW, UNIT,
     ),
     "quarter_circle": (
         schedules.Cosine(), lambda t: (torch.cos(QUARTER * t), torch.sin(QUARTER * t)),
@@ -83,7 +86,8 @@ class Setup:
         self.constants = {}
         if kind == "flow_prediction":
             self.constants["velocity"] = tuple(
-                s.float().view(-1, 1, 1, 1) if isinstance(s, torch.Tensor) else s for s in velocity(self.precise(self.t))
+                s.float().view(-1, 1, 1, 1) if isinstance(s, torch.Tensor) else s
+                for s in velocity(self.precise(self.t))
             )
         self.x_t = self.mix(*self.at(self.t))
 
@@ -125,7 +129,9 @@ class Setup:
 
 
 def assert_equal_to_algorithm1(setup, loss, expected):
-    for name, got, want in zip(("loss", "to prediction", "to student"), setup.gradients(loss), setup.gradients(expected), strict=True):
+    for name, got, want in zip(
+        ("loss", "to prediction", "to student"), setup.gradients(loss), setup.gradients(expected), strict=True
+    ):
         assert distance(got, want) < TOLERANCE[torch.float32], name
 
 
@@ -156,7 +162,9 @@ def test_zero_terminal_snr_equals_algorithm_1_at_its_last_step(kind):
 
 
 @pytest.mark.parametrize("formulation", ["joint", "split"])
-@pytest.mark.parametrize(("case", "kind"), [("scaled_linear", "v_prediction"), ("linear", "flow_prediction"), ("edm", "edm")])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("scaled_linear", "v_prediction"), ("linear", "flow_prediction"), ("edm", "edm")]
+)
 def test_an_x_t_of_the_users_own_goes_through_the_two_step_formula(case, kind, formulation):
     setup = Setup(case, kind, formulation=formulation)
     setup.x_t = setup.x_t + 0.3 * torch.randn_like(setup.x_t)
@@ -240,23 +248,34 @@ def times(objective, count):
 
 
 @pytest.mark.parametrize(("case", "kind"), PAIRS + MORE)
-@given(shape=SHAPES, seed=st.integers(0, 99), distance=st.sampled_from(sorted(DISTANCES)))
-def test_loss_is_exactly_zero_at_t_prime_equal_to_t(case, kind, shape, seed, distance):
+@settings(max_examples=20)
+@given(shape=SHAPES, seed=st.integers(0, 99))
+def test_loss_is_exactly_zero_at_t_prime_equal_to_t(case, kind, shape, seed):
+    assert_zero_at_t_prime_equal_to_t(bare(case, kind), shape, seed)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@given(shape=SHAPES, seed=st.integers(0, 99))
+def test_every_distance_is_exactly_zero_at_t_prime_equal_to_t(name, shape, seed):
+    assert_zero_at_t_prime_equal_to_t(bare(distance=name), shape, seed)
+
+
+def assert_zero_at_t_prime_equal_to_t(objective, shape, seed):
     torch.manual_seed(seed)
-    objective = bare(case, kind, distance=distance)
     t = times(objective, shape[0])
     for dtype in DTYPES:
         clean, noise, prediction = torch.randn(3, *shape).to(dtype)
         prediction.requires_grad_()
         loss = objective.loss(prediction, clean=clean, noise=noise, t=t, t_prime=t, reduction="none")
-        (gradient,) = torch.autograd.grad(loss.sum(), prediction)
         assert loss.shape == shape[:1]
         assert (loss == 0).all(), dtype
-        assert (gradient == 0).all(), dtype
+        if prediction.numel():
+            assert (torch.autograd.grad(loss.sum(), prediction)[0] == 0).all(), dtype
 
 
 @pytest.mark.parametrize("formulation", ["joint", "split"])
 @pytest.mark.parametrize(("case", "kind"), PAIRS + MORE)
+@settings(max_examples=20)
 @given(shape=SHAPES, seed=st.integers(0, 99), with_x_t=st.booleans())
 def test_loss_of_a_perfect_prediction_is_exactly_zero(case, kind, formulation, shape, seed, with_x_t):
     torch.manual_seed(seed)
@@ -267,12 +286,28 @@ def test_loss_of_a_perfect_prediction_is_exactly_zero(case, kind, formulation, s
         x_t = objective.add_noise(clean, noise, t) if with_x_t else None
         prediction = objective.target(clean, noise, t).requires_grad_()
         loss = objective.loss(prediction, clean=clean, noise=noise, t=t, t_prime=t_prime, x_t=x_t, reduction="none")
-        (gradient,) = torch.autograd.grad(loss.sum(), prediction)
         assert (loss == 0).all(), dtype
-        assert (gradient == 0).all(), dtype
+        if prediction.numel():
+            assert (torch.autograd.grad(loss.sum(), prediction)[0] == 0).all(), dtype
 
 
-@given(seed=st.integers(0, 99), pair=st.sampled_from(PAIRS), n=st.integers(2, 4), formulation=st.sampled_from(["joint", "split"]))
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 3, 4, 4)])
+def test_an_empty_batch_can_be_trained_on(shape):
+    objective = bare(mse_weight=1.0)
+    clean, noise, prediction = torch.randn(3, *shape)
+    t = times(objective, shape[0])
+    loss = objective.loss(prediction.requires_grad_(), clean=clean, noise=noise, t=t, t_prime=t)
+    loss.backward()
+    assert loss == 0
+    assert prediction.grad.shape == shape
+
+
+@given(
+    seed=st.integers(0, 99),
+    pair=st.sampled_from(PAIRS),
+    n=st.integers(2, 4),
+    formulation=st.sampled_from(["joint", "split"]),
+)
 def test_each_sample_of_a_square_batch_has_its_own_times(seed, pair, n, formulation):
     torch.manual_seed(seed)
     objective = bare(*pair, formulation=formulation, mse_weight=0.5, weight="min_snr")
@@ -287,6 +322,30 @@ def test_each_sample_of_a_square_batch_has_its_own_times(seed, pair, n, formulat
 
     together, alone = loss(slice(None)), torch.cat([loss(slice(i, i + 1)) for i in range(n)])
     torch.testing.assert_close(together, alone, rtol=TOLERANCE[torch.float64], atol=0)
+
+
+@pytest.mark.parametrize("size", [(4, 5, 5), (6, 4)], ids=["maps", "tokens"])
+@pytest.mark.parametrize("name", ["mse", "mae", "huber", "normalised"])
+def test_features_of_batch_times_frames_are_compared_frame_by_frame(name, size):
+    clean, noise, prediction = torch.randn(3, 2, 3, *size)  # (B, frames, *)
+    t, t_prime = torch.tensor([[100, 500], [700, 20]])
+    seen = []
+
+    def teacher(x, t, cond):
+        seen.append(x.flatten(0, 1))  # (B · frames, *), as video models have it
+        return seen[-1:]
+
+    loss = bare(distance=name, teacher=teacher).loss(
+        prediction, clean=clean, noise=noise, t=t, t_prime=t_prime, reduction="none"
+    )
+    assert distance(loss, DISTANCES[name](*seen).view(2, 3).mean(1)) < TOLERANCE[torch.float32]
+
+
+def test_features_that_do_not_divide_by_the_batch_are_refused():
+    with pytest.raises(
+        ValueError, match=r"a feature has shape \(3, 4\), expected its first dimension to be the batch of 2"
+    ):
+        bare(teacher=lambda x, t, cond: [x.flatten(0, 1)[:3]]).loss(X, clean=X, noise=X, t=T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -304,7 +363,9 @@ def test_low_precision_is_close_to_float64(case, kind, dtype):
 
 
 @pytest.mark.parametrize("formulation", ["joint", "split"])
-@pytest.mark.parametrize(("case", "kind"), [("scaled_linear", "v_prediction"), ("linear", "flow_prediction"), ("edm", "edm")])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("scaled_linear", "v_prediction"), ("linear", "flow_prediction"), ("edm", "edm")]
+)
 def test_gradcheck_of_the_whole_objective(case, kind, formulation):
     schedule, *_, extra = CASES[case]
     student = MLP().double()
@@ -457,7 +518,7 @@ def test_nested_samples_equal_algorithm_1_on_the_flat_ones(formulation):
         frozen, ["see", "join"], call, {}, clean=clean, noise=noise, model_output=flat, t_prime=t_prime,
         at_t=(1 - t, t), at_t_prime=(1 - t_prime, t_prime), kind="flow_prediction", formulation=formulation,
     ).mean()  # fmt: skip
-    assert distance(loss.detach(), expected.detach()) < TOLERANCE[torch.float32]
+    assert distance(loss, expected) < TOLERANCE[torch.float32]
     assert distance(*(torch.autograd.grad(x, flat)[0] for x in (loss, expected))) < TOLERANCE[torch.float32]
     called = objective(student, nest(clean), noise=nest(noise), t=t, t_prime=t_prime)
     by_hand = student(objective.add_noise(nest(clean), nest(noise), t), t)
@@ -524,13 +585,23 @@ PREDICTIONS = "'epsilon', 'sample', 'v_prediction', 'flow_prediction'"
 SAMPLERS = "'uniform', 'near', 'shifted', 'logit_normal', or a callable"
 BAD_CONSTRUCTION = {
     "schedule is a function": (TypeError, "`schedule` is a function, expected", {"schedule": lambda t: t}),
-    "unknown prediction": (ValueError, f"unknown prediction 'velocity', expected one of {PREDICTIONS}", {"prediction": "velocity"}),
+    "unknown prediction": (
+        ValueError,
+        f"unknown prediction 'velocity', expected one of {PREDICTIONS}",
+        {"prediction": "velocity"},
+    ),
     "prediction is a number": (TypeError, "`prediction` is a int, expected", {"prediction": 3}),
     "unknown distance": (
-        ValueError, "unknown distance 'l2', expected one of 'mse', 'mae', 'huber', 'cosine', 'normalised'", {"distance": "l2"}
+        ValueError,
+        "unknown distance 'l2', expected one of 'mse', 'mae', 'huber', 'cosine', 'normalised'",
+        {"distance": "l2"},
     ),
     "distance is a number": (TypeError, "`distance` is 2, expected one of 'mse'", {"distance": 2}),
-    "unknown formulation": (ValueError, "unknown formulation 'both', expected 'joint' or 'split'", {"formulation": "both"}),
+    "unknown formulation": (
+        ValueError,
+        "unknown formulation 'both', expected 'joint' or 'split'",
+        {"formulation": "both"},
+    ),
     "unknown t": (ValueError, f"unknown `t` 'lognormal', expected one of {SAMPLERS}", {"t": "lognormal"}),
     "t near itself": (ValueError, "`t` is 'near', which places t' relative to t. Use 'uniform'", {"t": "near"}),
     "unknown t_prime": (ValueError, f"unknown `t_prime` 'close', expected one of {SAMPLERS}", {"t_prime": "close"}),
@@ -538,7 +609,11 @@ BAD_CONSTRUCTION = {
     "negative mse_weight": (ValueError, "`mse_weight` is -1, expected a number of at least 0", {"mse_weight": -1}),
     "mse_weight is nan": (ValueError, "`mse_weight` is nan", {"mse_weight": math.nan}),
     "mse_weight is a string": (ValueError, "`mse_weight` is '1'", {"mse_weight": "1"}),
-    "unknown weight": (ValueError, "unknown weight 'snr', expected 'none', 'min_snr', or a callable", {"weight": "snr"}),
+    "unknown weight": (
+        ValueError,
+        "unknown weight 'snr', expected 'none', 'min_snr', or a callable",
+        {"weight": "snr"},
+    ),
     "weight is a tensor": (TypeError, "`weight` is tensor.*expected 'none', 'min_snr'", {"weight": torch.ones(2)}),
     "no teacher": (TypeError, "`teacher` is a NoneType, expected a callable", {"teacher": None}),
     "t_range is a string": (TypeError, "`t_range` is 'ab', expected a pair", {"t_range": "ab"}),
@@ -546,12 +621,11 @@ BAD_CONSTRUCTION = {
     "t_range is reversed": (ValueError, "`t_range` is .5, 1., expected 0 <= low < high <= 999", {"t_range": (5, 1)}),
     "t_range is too long": (ValueError, "`t_range` is .0, 1000., expected 0 <= low", {"t_range": (0, 1000)}),
     "t_range holds nan": (ValueError, "`t_range` is .nan, 1., expected", {"t_range": (math.nan, 1)}),
-    "t_range cuts an index": (ValueError, "`t_range` is .0.5, 10.5.", {"t_range": (0.5, 10.5)}),
     "call is a number": (TypeError, "`call` is", {"call": 3}),
     "output is a number": (TypeError, "`output` is", {"output": 3}),
     "seed is a string": (TypeError, "`seed` is", {"seed": "a"}),
     "seed is a fraction": (TypeError, "`seed` is", {"seed": 1.5}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("error", "message", "options"), BAD_CONSTRUCTION.values(), ids=BAD_CONSTRUCTION)
@@ -565,10 +639,14 @@ SINGULAR = [
     (schedules.Linear(), "epsilon", r"at t = 1 of Linear.*alpha is 0.*'epsilon'.*Use 'v_prediction'.*t_range"),
     (schedules.Linear(), "sample", r"at t = 0 of Linear.*sigma is 0.*'sample'"),
     (schedules.Cosine(), "epsilon", r"at t = 1 of Cosine\(\).*'epsilon'"),
-    (schedules.Discrete.linear().zero_terminal_snr(), "epsilon", r"at t = 999 of Discrete\(1000 steps, zero terminal SNR\).*'epsilon'"),
+    (
+        schedules.Discrete.linear().zero_terminal_snr(),
+        "epsilon",
+        r"at t = 999 of Discrete\(1000 steps, zero terminal SNR\).*'epsilon'",
+    ),
     (schedules.Interpolant(lambda t: t, lambda t: 1 - t), "epsilon", r"at t = 0 of Interpolant.*'epsilon'"),
     (schedules.Discrete.linear(), "flow_prediction", r"discrete schedule.*'flow_prediction'"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("schedule", "kind", "message"), SINGULAR)
@@ -587,10 +665,8 @@ def test_a_singular_end_may_be_left_out_by_t_range():
 
 
 def test_a_singular_end_may_be_left_out_by_the_sampler_of_t():
-    objective = SelfPerceptualObjective(
-        schedule=schedules.Linear(), prediction="epsilon", teacher=lambda x, t, cond: [x], t=timesteps.Uniform(high=0.5)
-    )
-    assert objective.t_range[1] == 0.5
+    objective = bare("linear", "epsilon", t=timesteps.Uniform(high=0.5), t_range=None)
+    assert objective(lambda x, t: x, torch.randn(4, 3)).isfinite()
 
 
 def test_t_range_does_not_widen_the_sampler_of_t():
@@ -610,19 +686,35 @@ def test_the_ends_of_t_range_are_times_of_it_in_float32(t_range, end):
 X = torch.arange(24.0).view(2, 3, 4)
 T = torch.tensor([1, 2])
 BAD_LOSS = {
-    "prediction of another shape": (ValueError, r"`model_pred` has shape \(2, 3\), expected \(2, 3, 4\), that of `clean`", {"model_pred": X[..., 0]}),
+    "prediction of another shape": (
+        ValueError,
+        r"`model_pred` has shape \(2, 3\), expected \(2, 3, 4\), that of `clean`",
+        {"model_pred": X[..., 0]},
+    ),
     "prediction that would broadcast": (ValueError, r"`model_pred` has shape \(2, 1, 4\)", {"model_pred": X[:, :1]}),
     "no prediction": (TypeError, "`model_pred` is a NoneType, expected a tensor", {"model_pred": None}),
     "prediction on meta": (ValueError, "`model_pred` is on meta, expected cpu", {"model_pred": X.to("meta")}),
-    "noise of another shape": (ValueError, r"`noise` has shape \(2, 3, 1\), expected \(2, 3, 4\)", {"noise": X[..., :1]}),
+    "noise of another shape": (
+        ValueError,
+        r"`noise` has shape \(2, 3, 1\), expected \(2, 3, 4\)",
+        {"noise": X[..., :1]},
+    ),
     "noise on meta": (ValueError, "`noise` is on meta, expected cpu, the device of `clean`", {"noise": X.to("meta")}),
     "x_t of another shape": (ValueError, r"`x_t` has shape \(1, 3, 4\), expected \(2, 3, 4\)", {"x_t": X[:1]}),
-    "integer clean": (TypeError, r"`clean` has dtype torch.int64, expected a floating dtype. Pass `clean.float\(\)`", {"clean": X.long()}),
+    "integer clean": (
+        TypeError,
+        r"`clean` has dtype torch.int64, expected a floating dtype. Pass `clean.float\(\)`",
+        {"clean": X.long()},
+    ),
     "complex clean": (TypeError, "`clean` has dtype torch.complex64", {"clean": X.to(torch.complex64)}),
     "clean without a batch": (ValueError, r"`clean` has shape \(\), expected \(B, \*\)", {"clean": X[0, 0, 0]}),
     "clean is a list of numbers": (TypeError, r"`clean\[0\]` is a float", {"clean": [1.0, 2.0]}),
     "clean is empty": (ValueError, "`clean` is empty", {"clean": ()}),
-    "nested clean, plain noise": (ValueError, r"`noise` has shape \(2, 3, 4\), expected \{'a': \(2, 3, 4\)\}", {"clean": {"a": X}}),
+    "nested clean, plain noise": (
+        ValueError,
+        r"`noise` has shape \(2, 3, 4\), expected \{'a': \(2, 3, 4\)\}",
+        {"clean": {"a": X}},
+    ),
     "nested clean of two batch sizes": (ValueError, "`clean` .*differ in dim 0", {"clean": {"a": X, "b": X[:1]}}),
     "t negative": (ValueError, "`t` holds -1, expected times from 0 to 999", {"t": torch.tensor([-1, 2])}),
     "t too large": (ValueError, "`t` holds 1000, expected times from 0 to 999", {"t": torch.tensor([1000, 2])}),
@@ -630,7 +722,11 @@ BAD_LOSS = {
     "t is infinite": (ValueError, "`t` holds inf, expected", {"t": torch.tensor([math.inf, 2])}),
     "t is bfloat16": (TypeError, "`t` has dtype torch.bfloat16, which rounds 999 to 1000", {"t": T.bfloat16()}),
     "t is bool": (TypeError, "`t` has dtype torch.bool, expected", {"t": T.bool()}),
-    "t of rank 4": (ValueError, r"`t` has shape \(2, 1, 1, 1\), expected \(2,\).*`t.flatten\(\)`", {"t": T.view(2, 1, 1, 1)}),
+    "t of rank 4": (
+        ValueError,
+        r"`t` has shape \(2, 1, 1, 1\), expected \(2,\).*`t.flatten\(\)`",
+        {"t": T.view(2, 1, 1, 1)},
+    ),
     "t without a batch": (ValueError, r"`t` has shape \(\), expected \(2,\)", {"t": T[0]}),
     "t of another batch": (ValueError, r"`t` has shape \(3,\), expected \(2,\)", {"t": torch.tensor([1, 2, 3])}),
     "t with a fraction": (ValueError, r"`t` holds a fraction, expected whole indices.*`t.long\(\)`", {"t": T + 0.5}),
@@ -643,7 +739,7 @@ BAD_LOSS = {
     "generator is a number": (TypeError, "`generator` is a.* int, expected a torch.Generator", {"generator": 3}),
     "cond is a tensor": (TypeError, "`cond` is", {"cond": X}),
     "cond is a list": (TypeError, "`cond` is", {"cond": [X]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("error", "message", "options"), BAD_LOSS.values(), ids=BAD_LOSS)
@@ -682,17 +778,47 @@ def test_what_a_swap_would_change_silently_is_keyword_only():
 
 
 CALLABLES = {
-    "teacher gives a tensor": (TypeError, "`teacher` gives .*expected a list of features", {"teacher": lambda x, t, c: x}),
-    "teacher gives nothing": (TypeError, "`teacher` gives .*expected a list of features", {"teacher": lambda x, t, c: []}),
-    "teacher loses the batch": (ValueError, r"feature has shape \(3, 4\), expected", {"teacher": lambda x, t, c: [x[0]]}),
-    "teacher gives as many as it likes": (
-        ValueError, "`teacher` gives", {"teacher": lambda x, t, c: [x] * (2 if torch.is_grad_enabled() else 1)}
+    "teacher gives a tensor": (
+        TypeError,
+        "`teacher` gives .*expected a list of features",
+        {"teacher": lambda x, t, c: x},
     ),
-    "distance loses the batch": (ValueError, r"`distance` gives \(\), expected one value per sample, shape \(2,\)", {"distance": lambda f, g: (f - g).mean()}),
-    "weight is a constant": (ValueError, "`weight` gives float, expected one weight per sample", {"weight": lambda t: 1.0}),
-    "t_prime of another batch": (ValueError, r"`t_prime` has shape \(5,\), expected \(2,\)", {"t_prime": lambda s, x, /, *, t, generator: torch.zeros(5)}),
-    "t_prime outside": (ValueError, "`t_prime` holds 1002, expected times from 0 to 999", {"t_prime": lambda s, x, /, *, t, generator: t + 1000}),
-}  # fmt: skip
+    "teacher gives nothing": (
+        TypeError,
+        "`teacher` gives .*expected a list of features",
+        {"teacher": lambda x, t, c: []},
+    ),
+    "teacher loses the batch": (
+        ValueError,
+        r"feature has shape \(3, 4\), expected",
+        {"teacher": lambda x, t, c: [x[0]]},
+    ),
+    "teacher gives as many as it likes": (
+        ValueError,
+        "`teacher` gives",
+        {"teacher": lambda x, t, c: [x] * (2 if torch.is_grad_enabled() else 1)},
+    ),
+    "distance loses the batch": (
+        ValueError,
+        r"`distance` gives \(\), expected one value per sample, shape \(2,\)",
+        {"distance": lambda f, g: (f - g).mean()},
+    ),
+    "weight is a constant": (
+        ValueError,
+        "`weight` gives float, expected one weight per sample",
+        {"weight": lambda t: 1.0},
+    ),
+    "t_prime of another batch": (
+        ValueError,
+        r"`t_prime` has shape \(5,\), expected \(2,\)",
+        {"t_prime": lambda s, x, /, *, t, generator: torch.zeros(5)},
+    ),
+    "t_prime outside": (
+        ValueError,
+        "`t_prime` holds 1002, expected times from 0 to 999",
+        {"t_prime": lambda s, x, /, *, t, generator: t + 1000},
+    ),
+}
 
 
 @pytest.mark.parametrize(("error", "message", "options"), CALLABLES.values(), ids=CALLABLES)
@@ -702,19 +828,39 @@ def test_a_callable_that_gives_the_wrong_thing_is_named(error, message, options)
 
 
 WRAP = {
-    "no such layer": (ValueError, "no module 'mid' in ConvNet; at its top level: stem, norm, dropout, body, head", {"layers": "mid"}),
-    "no such inner layer": (ValueError, "no module 'body.conv' in ConvNet; in body: no module", {"layers": ["body.conv"]}),
+    "no such layer": (
+        ValueError,
+        "no module 'mid' in ConvNet; at its top level: stem, norm, dropout, body, head",
+        {"layers": "mid"},
+    ),
+    "no such inner layer": (
+        ValueError,
+        "no module 'body.conv' in ConvNet; in body: no module",
+        {"layers": ["body.conv"]},
+    ),
     "layers is a number": (TypeError, "`layers` is 3, expected a dotted name or a list", {"layers": 3}),
     "layers is empty": (TypeError, r"`layers` is \[\], expected a dotted name", {"layers": []}),
     "no layers for an unknown class": (ValueError, "no adapter for ConvNet. Pass `layers=", {"layers": None}),
     "no prediction": (ValueError, "`prediction` is missing", {"prediction": None}),
-    "schedule is a pair of functions": (TypeError, "`schedule` is a tuple, expected a diffusers scheduler or", {"schedule": (1, 2)}),
+    "schedule is a pair of functions": (
+        TypeError,
+        "`schedule` is a tuple, expected a diffusers scheduler or",
+        {"schedule": (1, 2)},
+    ),
     "teacher is lora": (ValueError, "teacher.*'lora'", {"teacher": "lora"}),
-    "unknown teacher": (ValueError, "unknown teacher 'ema', expected 'copy', a torch.nn.Module, or a callable", {"teacher": "ema"}),
+    "unknown teacher": (
+        ValueError,
+        "unknown teacher 'ema', expected 'copy', a torch.nn.Module, or a callable",
+        {"teacher": "ema"},
+    ),
     "no teacher": (TypeError, "`teacher` is a NoneType", {"teacher": None}),
-    "teacher without that layer": (ValueError, "no module 'body' in MLP; at its top level: first, middle, last", {"teacher": MLP()}),
+    "teacher without that layer": (
+        ValueError,
+        "no module 'body' in MLP; at its top level: first, middle, last",
+        {"teacher": MLP()},
+    ),
     "call is a number": (TypeError, "`call` is", {"call": 3}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("error", "message", "options"), WRAP.values(), ids=WRAP)

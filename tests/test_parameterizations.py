@@ -431,6 +431,14 @@ def test_a_prediction_that_is_singular_inside_the_schedule_is_found():
     check_regular(Linear(), both, 0.6, 1)
 
 
+def test_the_ends_of_the_range_are_checked_wherever_they_lie():
+    """y = 2 x_0 + ε is parallel to x_t at t = 1/3, which is no point of the schedule's grid."""
+    third = Prediction(name="third", row=lambda schedule, t: (2 * torch.ones_like(t), torch.ones_like(t)))
+    for low, high in ((1 / 3, 0.9), (0.1, 1 / 3)):
+        with pytest.raises(ValueError, match=r"at t = 0\.333333 .*'third'"):
+            check_regular(Linear(), third, low, high)
+
+
 def test_a_row_that_is_not_finite_is_singular():
     broken = Prediction(name="broken", row=lambda schedule, t: (t * math.nan, torch.ones_like(t)))
     with pytest.raises(ValueError, match="'broken'"):
@@ -451,7 +459,7 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_get_passes_a_prediction_through_and_refuses_anything_else():
     assert get(SCORE) is SCORE
     for value in (None, 3, lambda schedule, t: schedule(t)):
-        with pytest.raises(TypeError, match="`prediction` is a "):
+        with pytest.raises(TypeError, match=r"`prediction` is an? "):
             get(value)
 
 

@@ -233,6 +233,11 @@ def test_shifted_is_the_same_fraction_of_a_continuous_schedule(scale):
     assert (moved[10:-10] < 0).any()
 
 
+def test_shifted_reaches_both_ends_of_the_schedule():
+    moved = draw(Shifted(by=500), Linear(), 100, t=torch.full((100,), 0.5))
+    assert moved.unique().tolist() == [0, 1]
+
+
 def test_shifted_on_a_shorter_table_is_4_percent_of_it():
     t = torch.arange(100)
     assert ((draw(Shifted(), Discrete.linear(steps=100), 100, t=t) - t).abs() == 4).all()

@@ -89,7 +89,13 @@ def _known(model: nn.Module) -> Adapter | None:
     for cls in type(model).__mro__:
         factory = _factories.get(_key(cls))
         if factory is not None:
-            return factory(model)
+            adapter = factory(model)
+            if not isinstance(adapter, Adapter):
+                raise TypeError(
+                    f"the factory of {cls.__name__} gives {type(adapter).__name__}, expected an adapters.Adapter. "
+                    "Return one from the function passed to `adapters.register`."
+                )
+            return adapter
     return None
 
 

@@ -106,7 +106,8 @@ def _flow(scheduler: Any, config: Mapping[str, Any]) -> Process:
     shift: Any = config.get("shift") or config.get("flow_shift") or 1.0
     if config.get("use_dynamic_shifting"):
         shift = _DynamicShift(config)
-    return Process(schedule=Linear(scale=steps), prediction="flow_prediction", t=timesteps.Uniform(shift=shift))
+    prediction = config.get("prediction_type", "flow_prediction")
+    return Process(schedule=Linear(scale=steps), prediction=prediction, t=timesteps.Uniform(shift=shift))
 
 
 class _DynamicShift:

@@ -210,7 +210,7 @@ class _Demo:
         model = self._fresh()
         if self.train.name == "emoji":
             return model.eval()
-        return self._train("base on this data, by MSE", self._tuning(model, "mse"), BASE_STEPS, "base")
+        return self._train("base by mse", self._tuning(model, "mse"), BASE_STEPS, "base")
 
     def _fine_tune(
         self, base: Any
@@ -227,7 +227,7 @@ class _Demo:
         tuned, histories = {}, {}
         for loss, tuning in tunings.items():
             torch.manual_seed(self.settings.seed)  # the same dropout for both
-            tuned[loss] = self._train(f"fine-tuning, {LABELS[loss]}", tuning, steps[loss], loss)
+            tuned[loss] = self._train(f"tuning by {loss}", tuning, steps[loss], loss)
             histories[loss] = tuning.history
         return tuned, flops, steps, histories
 
@@ -252,8 +252,8 @@ class _Demo:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         return Progress(
-            TextColumn("{task.description:<40}"),
-            BarColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[info]}"),
@@ -278,7 +278,7 @@ class _Demo:
         noise, labels = self._noise()
         guidance = GUIDANCE if name == "guidance" else 1.0
         with self._progress() as bar:
-            task = bar.add_task(f"sampling, {LABELS[name]}", total=len(noise), info="")
+            task = bar.add_task(f"sampling {name}", total=len(noise), info="")
 
             def show(count: int) -> None:
                 bar.advance(task, count)
