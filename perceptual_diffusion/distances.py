@@ -32,7 +32,8 @@ def huber(predicted: Tensor, true: Tensor, *, delta: float = 1.0) -> Tensor:
 def cosine(predicted: Tensor, true: Tensor) -> Tensor:
     """One minus the cosine of the angle between the whole features.
 
-    Written as half the squared distance of the unit vectors, which is the same and exactly 0 for equal features.
+    Written as half the squared distance of the unit vectors, which is the same and exactly 0 for equal features. Against
+    a feature that is all zero, it is 1/2.
     """
     if predicted.ndim == 1:
         predicted, true = predicted[:, None], true[:, None]

@@ -400,12 +400,12 @@ class SelfPerceptualObjective:
         values = []
         for f, g in zip(features, true, strict=True):
             dtype = compute_dtype(f, g)
-            value = self.distance(_split_batch(f.to(dtype), batch), _split_batch(g.to(dtype), batch))
-            if not isinstance(value, Tensor) or value.shape != (batch,):
+            value = self.distance(f.to(dtype), g.to(dtype))
+            if not isinstance(value, Tensor) or value.shape != f.shape[:1]:
                 raise ValueError(
-                    f"`distance` gives {describe(value)}, expected one value per sample, shape ({batch},)."
+                    f"`distance` gives {describe(value)}, expected one value per sample, shape {tuple(f.shape[:1])}."
                 )
-            values.append(value)
+            values.append(value if len(value) == batch else value.reshape(batch, -1).mean(1))  # of batch · frames
         return torch.stack(values).mean(0)
 
     def _check_features(self, features: Any, batch: int) -> None:
@@ -456,11 +456,6 @@ class SelfPerceptualObjective:
         return self._generator
 
 
-def _split_batch(feature: Tensor, batch: int) -> Tensor:
-    """Give features of (B · frames, *) the shape (B, frames, *)."""
-    return feature if len(feature) == batch else feature.unflatten(0, (batch, -1))
-
-
 def _check_range(schedule: Schedule, t_range: tuple[float, float] | None) -> tuple[float, float]:
     if t_range is None:
         return schedule.low, schedule.high
@@ -468,8 +463,9 @@ def _check_range(schedule: Schedule, t_range: tuple[float, float] | None) -> tup
         low, high = (float(end) for end in t_range)
     except (TypeError, ValueError) as error:
         raise TypeError(f"`t_range` is {t_range!r}, expected a pair (low, high) of times.") from error
-    if not schedule.low <= low < high <= schedule.high:
-        raise ValueError(f"`t_range` is {t_range!r}, expected {schedule.low:g} <= low < high <= {schedule.high:g}.")
+    least, most = schedule.drawn
+    if not least <= low < high <= most:
+        raise ValueError(f"`t_range` is {t_range!r}, expected {least:g} <= low < high <= {most:g}.")
     return low, high
 
 

@@ -63,10 +63,31 @@ class Schedule(ABC):
         return (precise(t) - self.low) / (self.high - self.low)
 
     def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
-        """Give the ranks between which exactly the times from `low` to `high` lie; None is the schedule's own end."""
-        first = 0.0 if low is None else float(self.rank(torch.tensor([low], dtype=torch.float64)))
-        last = 1.0 if high is None else float(self.rank(torch.tensor([high], dtype=torch.float64)))
-        return first, last
+        """Give the ranks between which exactly the times from `low` to `high` lie; None is the schedule's own end.
+
+        Raises:
+            ValueError: there are no such times among those that are drawn.
+        """
+        first, last = self.drawn
+        low, high = first if low is None else low, last if high is None else high
+        if not first <= low <= high <= last:
+            raise ValueError(
+                f"`low` is {low:g} and `high` {high:g}, expected {first:g} <= low <= high <= {last:g} on {self!r}."
+            )
+        return self._rank_of(low), self._rank_of(high)
+
+    def _rank_of(self, t: float) -> float:
+        return float(self.rank(torch.tensor([t], dtype=torch.float64)))
+
+    @property
+    def drawn(self) -> tuple[float, float]:
+        """The smallest and the largest time that samplers draw."""
+        return self.low, self.high
+
+    @property
+    def spacing(self) -> float:
+        """The distance in rank of two neighbouring times; 0 for a continuous schedule."""
+        return 0.0
 
     def grid(self) -> Tensor:
         """Times that stand for the whole schedule in checks made at construction, ends included, shape (K,)."""
@@ -106,10 +127,12 @@ class Schedule(ABC):
             mend = f"Pass `{name}.flatten()`." if t.numel() == batch else f"Pass `{name}.expand(B)` of one number."
             raise ValueError(f"`{name}` has shape {tuple(t.shape)}, expected {shape}, one time per sample. {mend}")
         if batch is not None and len(t) != batch:
-            raise ValueError(f"`{name}` has shape ({len(t)},), expected ({batch},), one time per sample.")
+            raise ValueError(
+                f"`{name}` has shape ({len(t)},), expected ({batch},), one time per sample. Pass `{name}.expand({batch})` of one."
+            )
         if device is not None and t.device != device:
             raise ValueError(
-                f"`{name}` is on {t.device}, expected {device}, the device of `clean`. Pass `{name}.to(clean.device)`."
+                f"`{name}` is on {t.device}, expected {device}, the device of the sample. Pass `{name}.to({str(device)!r})`."
             )
         if not len(t):
             return
@@ -118,13 +141,13 @@ class Schedule(ABC):
         )
         flags = torch.stack([(t != t).any(), fraction]).to(t.dtype)
         bottom, top = self.low if low is None else low, self.high if high is None else high
-        if t.is_floating_point():  # an end is itself in the dtype of the times
-            bottom, top = torch.tensor([bottom, top], dtype=torch.float64).to(t.dtype).tolist()
+        slack = torch.finfo(t.dtype).eps / 2 if t.is_floating_point() else 0.0  # an end, rounded to the times' dtype
         least, most, broken, fractional = torch.cat([torch.stack([t.min(), t.max()]), flags]).tolist()  # one transfer
         if broken:
             raise ValueError(f"`{name}` holds NaN, expected times from {bottom:g} to {top:g}.")
-        if least < bottom or most > top:
-            wrong = least if least < bottom else most
+        below = least < bottom - slack * abs(bottom)
+        if below or most > top + slack * abs(top):
+            wrong = least if below else most
             raise ValueError(f"`{name}` holds {wrong:g}, expected times from {bottom:g} to {top:g}. {self._unit()}")
         if fractional:
             raise ValueError(
@@ -248,9 +271,13 @@ class Discrete(Schedule):
         return (precise(t) + 0.5) / len(self.alpha_bar)
 
     def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
-        half = 0.5 / len(self.alpha_bar)  # an index owns the ranks half a step to either side
         first, last = super().ranks(None if low is None else math.ceil(low), None if high is None else math.floor(high))
-        return first if low is None else first - half, last if high is None else last + half
+        half = self.spacing / 2  # an index owns the ranks half a step to either side
+        return first - half, last + half
+
+    @property
+    def spacing(self) -> float:
+        return 1 / len(self.alpha_bar)
 
     def grid(self) -> Tensor:
         return torch.arange(len(self.alpha_bar))
@@ -351,6 +378,14 @@ class EDM(Schedule):
     def rank(self, t: Tensor) -> Tensor:
         rank: Tensor = torch.special.ndtr((precise(t).log() - self.p_mean) / self.p_std)
         return rank
+
+    @property
+    def drawn(self) -> tuple[float, float]:
+        return self.sigma_min, self.sigma_max
+
+    def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
+        first, last = super().ranks(low, high)  # what is drawn beyond the ends is clamped to them
+        return 0.0 if low in (None, self.sigma_min) else first, 1.0 if high in (None, self.sigma_max) else last
 
     def grid(self) -> Tensor:
         return torch.logspace(math.log10(self.sigma_min), math.log10(self.sigma_max), 1001, dtype=torch.float64)

@@ -3,6 +3,7 @@
 Offsets are given on the scale of 1000 timesteps, as in the paper: 40 is 4 % of any schedule.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,10 @@ class Uniform:
     high: float | None = None
     shift: float | Callable[[Tensor], float] = 1.0
 
+    def __post_init__(self) -> None:
+        if not callable(self.shift):
+            _positive("shift", self.shift)
+
     def __call__(
         self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -67,6 +72,10 @@ class LogitNormal(Uniform):
     mean: float = 0.0
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("std", self.std)
+
     def __call__(
         self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -83,6 +92,9 @@ class Near:
 
     std: float = 100.0
 
+    def __post_init__(self) -> None:
+        _positive("std", self.std)
+
     def __call__(
         self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -95,18 +107,26 @@ class Shifted:
     """t' a fixed distance from t, on either side at random; on the other side where the schedule ends before (table 3).
 
     Attributes:
-        by: the distance, on the scale of 1000 timesteps.
+        by: the distance, on the scale of 1000 timesteps; at least one index of a discrete schedule.
     """
 
     by: float = 40.0
 
+    def __post_init__(self) -> None:
+        _positive("by", self.by)
+
     def __call__(
         self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        rank, by = schedule.rank(_given(t, "shifted")), self.by / SCALE
+        rank, by = schedule.rank(_given(t, "shifted")), max(self.by / SCALE, schedule.spacing)
         side = torch.where(_noise(torch.rand, like, generator) < 0.5, -1.0, 1.0).to(rank.dtype)
         side = torch.where(rank + by > 1, -1.0, torch.where(rank - by < 0, 1.0, side))
         return _time(schedule, rank + by * side)
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` is {value!r}, expected a positive number.")
 
 
 def _given(t: Tensor | None, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Weights of the loss by time: (B,) times to (B,) weights."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,10 @@ class MinSNR:
     schedule: Schedule
     prediction: Prediction
     gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"`gamma` is {self.gamma!r}, expected a positive number.")
 
     def __call__(self, t: Tensor) -> Tensor:
         system = System.of(self.schedule, self.prediction, t)

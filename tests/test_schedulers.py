@@ -566,3 +566,9 @@ def test_every_scheduler_that_is_named_as_readable_is_in_diffusers_and_read():
         expected = Linear if name in schedulers.FLOW else EDM if name in schedulers.KARRAS else Discrete
         assert isinstance(process.schedule, expected)
         assert process.prediction is not None
+
+
+def test_the_shift_is_the_one_in_force_not_the_one_configured():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_shift(5.0)
+    assert read(scheduler).t.shift == 5.0

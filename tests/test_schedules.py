@@ -340,6 +340,8 @@ TABLE = SCHEDULES["linear"]
         (SCHEDULES["flow_scale_1000"], torch.tensor([1000.5]), ValueError, ["`t`", "1000.5", "from 0 to 1000"]),
         (SCHEDULES["edm"], torch.tensor([0.0]), ValueError, ["`t`", "sigma itself"]),
         (SCHEDULES["edm"], torch.tensor([-1.2]), ValueError, ["`t`", "-1.2", "not ln(sigma) / 4"]),
+        (SCHEDULES["edm"], torch.tensor([0.0]).half(), ValueError, ["`t`", "sigma itself"]),
+        (SCHEDULES["edm"], torch.tensor([float("inf")]).half(), ValueError, ["`t`", "inf", "sigma itself"]),
         (TABLE, torch.tensor([1.0, 0.5]), ValueError, ["`t`", "fraction", "`t.long()`"]),
     ],
 )

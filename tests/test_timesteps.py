@@ -1,6 +1,7 @@
 """Samplers of t and t': their distributions, ends, dtype, and where their randomness comes from."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -336,3 +337,29 @@ def test_within_leaves_a_callable_alone():
         return t
 
     assert timesteps.within(mine, 0.1, 0.9) is mine
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Uniform(shift=0.0), "`shift` is 0.0"),
+        (lambda: Uniform(shift=-1.0), "`shift` is -1.0"),
+        (lambda: LogitNormal(std=0.0), "`std` is 0.0"),
+        (lambda: Near(std=-1.0), "`std` is -1.0"),
+        (lambda: Shifted(by=float("nan")), "`by` is nan"),
+        (lambda: draw(Uniform(low=2000), TABLE), "expected 0 <= low <= high <= 999"),
+        (lambda: draw(Uniform(low=20, high=10), TABLE), "`low` is 20 and `high` 10"),
+        (lambda: draw(Uniform(low=100, high=200), EDM()), "expected 0.002 <= low <= high <= 80"),
+    ],
+)
+def test_a_sampler_that_could_draw_nothing_is_refused(make, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make()
+
+
+@pytest.mark.parametrize("steps", [2, 10, 24])
+def test_shifted_leaves_t_also_on_a_short_table(steps):
+    schedule = Discrete.linear(steps=steps)
+    t = torch.arange(steps)
+    t_prime = Shifted()(schedule, t.float(), t=t)
+    assert bool((t_prime != t).all())

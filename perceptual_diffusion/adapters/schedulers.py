@@ -103,7 +103,8 @@ def _flow(scheduler: Any, config: Mapping[str, Any]) -> Process:
             "`schedules.Interpolant(lambda t: t, lambda t: 1 - t)`, `prediction=`, and a `call` that scales the time."
         )
     steps = float(config.get("num_train_timesteps", 1000))
-    shift: Any = config.get("shift") or config.get("flow_shift") or 1.0
+    live = isinstance(getattr(type(scheduler), "shift", None), property)  # `set_shift` moves it away from the config
+    shift: Any = (scheduler.shift if live else config.get("shift")) or config.get("flow_shift") or 1.0
     if config.get("use_dynamic_shifting"):
         shift = _DynamicShift(config)
     prediction = config.get("prediction_type", "flow_prediction")
