@@ -157,8 +157,8 @@ def test_the_users_own_hooks_stay_and_run():
 
 def test_an_early_stop_keeps_no_activation_alive():
     model, activations = ConvNet(), []
-    model.stem.register_forward_hook(lambda m, args, out: activations.append(weakref.ref(out)))
-    gc.disable()  # a cycle must not be needed to free it
+    model.body.register_forward_pre_hook(lambda m, args: activations.append(weakref.ref(args[0])))
+    gc.disable()  # the frames of the pass hold it until it is stopped, and no cycle may hold it then
     try:
         with torch.no_grad():
             (feature,) = taps.run(model, ["body"], lambda: model(X, T))
@@ -168,10 +168,12 @@ def test_an_early_stop_keeps_no_activation_alive():
     assert feature.shape == (2, 6, 8, 8)
 
 
-def test_a_stop_in_one_model_does_not_stop_a_run_around_it():
+def test_runs_inside_one_another_stop_only_themselves():
     outer, inner = ConvNet(), ConvNet()
     outer.stem.register_forward_hook(lambda m, args, out: taps.run(inner, ["stem"], lambda: inner(X, T)) and None)
     (found,) = taps.run(outer, ["head"], lambda: outer(X, T))
+    assert torch.equal(found, outer(X, T))
+    (found,) = taps.run(outer, ["head"], lambda: taps.run(inner, ["body"], lambda: outer(X, T)))
     assert torch.equal(found, outer(X, T))
 
 

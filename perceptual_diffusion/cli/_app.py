@@ -35,7 +35,7 @@ def demo(
     dataset: Annotated[
         str, typer.Option(help="emoji, digits, fashion-mnist, or a folder of pictures (subfolders are classes).")
     ] = "emoji",
-    samples: Annotated[int, typer.Option(help="Samples per model that the metrics see.")] = 288,
+    samples: Annotated[int, typer.Option(help="Samples per model that the metrics see.")] = 256,
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run in --out.")] = False,
 ) -> None:
     """Fine-tune the packaged model with the self-perceptual objective and with MSE, and compare their samples."""

@@ -80,7 +80,7 @@ def trajectory_png(rows: dict[str, Tensor], timesteps: list[int]) -> bytes:
 
 
 def loss_png(histories: dict[str, list[dict[str, float]]], flops: dict[str, int]) -> bytes:
-    """Plot the losses of the runs against the compute spent on them, each smoothed over 10 steps."""
+    """Plot the losses of the runs against the compute spent on them, each a mean over 25 steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained", dpi=100)
@@ -90,7 +90,7 @@ def loss_png(histories: dict[str, list[dict[str, float]]], flops: dict[str, int]
             values = [row[term] for row in history if term in row]
             if not values:
                 continue
-            window = min(10, len(values))
+            window = min(25, len(values))
             smooth = torch.tensor(values).unfold(0, window, 1).mean(1)
             compute = [(i + window) * flops[name] / 1e12 for i in range(len(smooth))]
             ax.plot(compute, smooth.tolist(), label=name, linewidth=1.4)
