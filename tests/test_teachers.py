@@ -170,6 +170,8 @@ def test_computed_weights_are_copied_with_what_computes_them(wrap):
     x, t = torch.randn(2, 3, 6, 6), torch.rand(2)
     with torch.no_grad():
         student(x, t)
+        for parameter in student.body.parameters():
+            parameter.add_(torch.rand_like(parameter))  # the weight that was computed of it is now out of date
         (feature,) = CopyTeacher(student, layers=["head"], call=lambda m, x, t, c: m(x, t))(x, t, {})
         assert torch.equal(feature, student(x, t))
 
@@ -185,6 +187,7 @@ def test_the_copy_drops_what_its_first_pass_does_not_run_and_nothing_changes(fam
     first, second = cut.gradient(), cut.gradient()
     assert torch.equal(first, second)
     assert torch.equal(first, whole.gradient())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in cut.teacher.module.modules())
     assert cut.teacher.parameters_held < 0.8 * everything
     assert whole.teacher.parameters_held == everything
 
