@@ -31,7 +31,12 @@ def map_leaves(function: Callable[..., Tensor], sample: Sample, *others: Sample)
         return {key: map_leaves(function, value, *(other[key] for other in rest)) for key, value in sample.items()}
     columns = zip(sample, *cast("tuple[list[Sample], ...]", others), strict=True)
     mapped = [map_leaves(function, *column) for column in columns]
-    return mapped if isinstance(sample, list) else tuple(mapped)
+    return cast(Sample, _like(sample, mapped))
+
+
+def _like(sequence: Any, items: list[Any]) -> Any:
+    """Give the items the type of a list, tuple or named tuple."""
+    return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -40,8 +45,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     if isinstance(value, dict):
         return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, list) or type(value) is tuple:
-        return type(value)(map_tensors(function, item) for item in value)
+    if isinstance(value, list | tuple):
+        return _like(value, [map_tensors(function, item) for item in value])
     return value
 
 

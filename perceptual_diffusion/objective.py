@@ -260,6 +260,7 @@ class SelfPerceptualObjective:
             ValueError: shapes, times or names are wrong.
             TypeError: an argument has the wrong type.
         """
+        _check_reduction(reduction)
         check_sample("clean", clean)
         like = first(clean)
         generator = self._source(like, generator)
@@ -310,6 +311,7 @@ class SelfPerceptualObjective:
             ValueError: shapes, times or names are wrong.
             TypeError: an argument has the wrong type.
         """
+        _check_reduction(reduction)
         check_sample("clean", clean)
         check_sample("noise", noise, clean)
         self._check_t(t, first(clean))
@@ -362,8 +364,6 @@ class SelfPerceptualObjective:
         reduction: Reduction,
         generator: torch.Generator,
     ) -> Tensor:
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {reduction!r}, expected 'mean' or 'none'.")
         like = first(clean)
         if t_prime is None:
             t_prime = self._draw("t_prime", self.t_prime, like, t, generator)
@@ -414,7 +414,7 @@ class SelfPerceptualObjective:
                 f"`teacher` gives {describe(features)}, expected a list of features, one tensor of shape (B, *) per layer."
             )
         for feature in features:
-            if feature.ndim == 0 or (len(feature) % batch if batch else len(feature)):
+            if feature.ndim == 0 or len(feature) < batch or (len(feature) % batch if batch else len(feature)):
                 raise ValueError(
                     f"a feature has shape {tuple(feature.shape)}, expected its first dimension to be the batch of {batch}, or the "
                     "batch times frames. Take the sample's stream out of the layer with an adapter's `select`."
@@ -477,6 +477,11 @@ def _regular_part(schedule: Schedule, prediction: Prediction, sampler: timesteps
         low = schedule.low if sampler.low is None else sampler.low
         return low, schedule.high if sampler.high is None else sampler.high
     return schedule.low, schedule.high
+
+
+def _check_reduction(reduction: Any) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}, expected 'mean' or 'none'.")
 
 
 def _check_cond(cond: Any) -> Cond:

@@ -361,7 +361,7 @@ class EDM(Schedule):
         if not (math.isfinite(p_mean) and 0 < p_std < math.inf):
             raise ValueError(f"`p_mean` is {p_mean!r} and `p_std` {p_std!r}, expected a number and a positive number.")
         self.sigma_min, self.sigma_max, self.p_mean, self.p_std = sigma_min, sigma_max, p_mean, p_std
-        self.low, self.high = torch.finfo(torch.float32).tiny, 1e6
+        self.low, self.high = 1e-6, 1e6
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = precise(t)

@@ -58,6 +58,11 @@ def select(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         )
     inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     same = [item for item in tensors if inputs and item.shape == inputs[0].shape]
+    if len(same) > 1:
+        raise ValueError(
+            f"the tapped layer returns {len(same)} tensors of its input's shape {tuple(same[0].shape)}, so which of them is "
+            "the noisy sample's stream cannot be told. Tap another layer, or register an adapter with a `select`."
+        )
     return (same or tensors)[0]
 
 

@@ -16,10 +16,6 @@ from perceptual_diffusion.types import Cond, FeatureSelect, ModelCall, Sample
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class DroppedError(AttributeError, ValueError):
-    """A pass needs a module that the truncated copy no longer holds."""
-
-
 class Dropped(nn.Module):
     """Stands where the teacher held a module that no pass up to the last tapped layer runs."""
 
@@ -28,7 +24,7 @@ class Dropped(nn.Module):
         self.name = name
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise DroppedError(
+        raise ValueError(
             f"the teacher's copy no longer holds {self.name!r}, which its first pass did not run but this one does. "
             "Give the first pass every condition that is used later, or wrap with `truncate=False`."
         )
@@ -36,7 +32,9 @@ class Dropped(nn.Module):
     forward = __iter__ = __getitem__ = __contains__ = _refuse
 
     def __getattr__(self, name: str) -> Any:
-        return self._refuse()
+        if name.startswith("_"):  # what copying, pickling and hooks ask of every module
+            raise AttributeError(name)
+        return self._refuse()  # also to `hasattr`, whose answer would change the pass
 
 
 class _Used(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Algorithm 1 of Lin & Yang (arXiv 2401.00110) in plain torch, the oracle of the tests: nothing of the package is in it."""
+"""Algorithm 1 of Lin & Yang (arXiv 2401.00110) in plain torch: the oracle of the tests, with nothing of the package."""
 
 import copy
 

@@ -235,3 +235,22 @@ def test_an_integer_output_is_refused():
     model = nn.Sequential(nn.Identity())
     with pytest.raises(ValueError, match="the layer '0' gives no floating tensor"):
         taps.run(model, ["0"], lambda: model(torch.ones(2, dtype=torch.long)))
+
+
+def test_a_layer_whose_streams_cannot_be_told_apart_is_refused():
+    class Joint(nn.Module):
+        def forward(self, image, text):
+            return text, image
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Joint()
+
+        def forward(self, image, text):
+            return self.block(image, text)
+
+    model, image = Model(), torch.randn(2, 6, 4)
+    assert taps.run(model, ["block"], lambda: model(image, torch.randn(2, 5, 4)))[0] is image
+    with pytest.raises(ValueError, match="cannot be told"):
+        taps.run(model, ["block"], lambda: model(image, torch.randn(2, 6, 4)))

@@ -111,6 +111,11 @@ def _load_entry_points() -> None:
     global _loaded_entry_points
     if _loaded_entry_points:
         return
-    _loaded_entry_points = True
     for entry in entry_points(group=GROUP):
-        entry.load()()
+        try:
+            entry.load()()
+        except Exception as error:  # of another package
+            raise ValueError(
+                f"the adapters of {entry.value!r} (entry point {entry.name!r}) cannot be loaded: {error}. Update or uninstall that package."
+            ) from error
+    _loaded_entry_points = True
