@@ -79,7 +79,7 @@ def get(distance: str | Distance) -> Distance:
                 f"unknown distance {distance!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
             )
         return NAMED[distance]
-    if not callable(distance):
+    if not callable(distance) or isinstance(distance, type):
         raise TypeError(
             f"`distance` is {distance!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
         )

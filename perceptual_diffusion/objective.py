@@ -7,6 +7,7 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 """
 
 import os
+import random
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
@@ -348,9 +349,19 @@ class SelfPerceptualObjective:
 
     def set_rng_state(self, state: Tensor | None, device: torch.device | str = "cpu") -> None:
         """Continue the objective's own generator from a saved state, on the device it was used on."""
-        self._generator = None if state is None else torch.Generator(device)
-        if self._generator is not None and state is not None:
-            self._generator.set_state(state.cpu())
+        if state is None:
+            self._generator = None
+            return
+        if not isinstance(state, Tensor):
+            raise TypeError(f"`state` is {state!r}, expected what `rng_state` gave, a uint8 tensor, or None.")
+        generator = torch.Generator(device)
+        try:
+            generator.set_state(state.cpu())
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"`state` is no state of a generator on {device}: {error}. Pass what `rng_state` gave there."
+            ) from error
+        self._generator = generator
 
     def _loss(
         self,
@@ -381,6 +392,12 @@ class SelfPerceptualObjective:
         features = [self.teacher(sample, t_prime, cond) for sample in renoised]
         with torch.no_grad():
             true = self.teacher(x_tt, t_prime, cond)
+        for given in features if torch.is_grad_enabled() and any(d.requires_grad for d in leaves(error)) else ():
+            if not all(isinstance(f, Tensor) and f.requires_grad for f in given):
+                raise ValueError(
+                    "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
+                    "without detaching; only the pass on the true pair is run under no_grad, by the objective."
+                )
         for given in (true, *features):
             self._check_features(given, len(like))
             if [f.shape for f in given] != [f.shape for f in true]:
@@ -452,7 +469,7 @@ class SelfPerceptualObjective:
             return generator
         if self._generator is None or self._generator.device.type != like.device.type:
             seed = torch.initial_seed() if self.seed is None else self.seed
-            self._generator = torch.Generator(like.device).manual_seed((seed + _process_rank()) % 2**63)
+            self._generator = torch.Generator(like.device).manual_seed(_stream(seed, _process_rank()))
         return self._generator
 
 
@@ -493,6 +510,11 @@ def _check_cond(cond: Any) -> Cond:
             "`{'encoder_hidden_states': text}`."
         )
     return cond
+
+
+def _stream(seed: int, rank: int) -> int:
+    """A seed of the objective's own: neither torch's stream of the same seed nor another rank's."""
+    return random.Random(f"perceptual-diffusion {seed} {rank}").getrandbits(63)
 
 
 def _process_rank() -> int:

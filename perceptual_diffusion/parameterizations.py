@@ -90,7 +90,7 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     Returns:
         a = (1 − c_skip) / c_out, b = −c_skip sigma / c_out, on `schedules.EDM`.
     """
-    if not 0 < sigma_data < math.inf:
+    if not (isinstance(sigma_data, int | float) and 0 < sigma_data < math.inf):
         raise ValueError(f"`sigma_data` is {sigma_data!r}, expected a positive number.")
 
     def row(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -434,8 +434,8 @@ class Interpolant(Schedule):
 
 def _slope(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """D function / dt by autograd, shape (B,); 0 where the function does not depend on t."""
-    with torch.enable_grad():
-        at = precise(t).detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        at = precise(t).clone().detach().requires_grad_()
         value = function(at)
         if not value.requires_grad:
             return torch.zeros_like(at).detach()

@@ -93,6 +93,13 @@ class ModuleTeacher:
         Raises:
             ValueError: a layer did not run, or the gradient to the sample was lost.
         """
+        held = next(self.module.parameters(), None)
+        for leaf in leaves(x_t):
+            if held is not None and leaf.device != held.device:
+                raise ValueError(
+                    f"the teacher is on {held.device}, expected {leaf.device}, the device of the sample. "
+                    f"Call `objective.to({str(leaf.device)!r})`."
+                )
         x_t, cond = self._cast(x_t), self._cast(map_tensors(Tensor.detach, dict(cond)))
         features = taps.run(
             self.module, self.layers, lambda: self.call(self.module, x_t, t, cond), select=self.select, stop=self.stop
@@ -207,6 +214,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a model holds may refuse in its own way
         raise ValueError(f"`model` cannot be copied: {error}. Copy it yourself and pass it as `teacher=`.") from error
+    for module in list(copied.modules()):  # parts compiled on their own
+        for name, child in list(module.named_children()):
+            module._modules[name] = taps.unwrap(child)
     for tensor in (*copied.parameters(), *copied.buffers()):
         tensor.grad = None
     return copied.eval().requires_grad_(False)

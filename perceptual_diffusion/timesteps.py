@@ -55,6 +55,7 @@ class Uniform:
 
     def _place(self, schedule: Schedule, like: Tensor, rank: Tensor) -> Tensor:
         shift = self.shift(like) if callable(self.shift) else self.shift
+        _positive("shift", shift)
         rank = shift * rank / (1 + (shift - 1) * rank)
         first, last = schedule.ranks(self.low, self.high)
         return _time(schedule, first + rank * (last - first))
@@ -75,6 +76,8 @@ class LogitNormal(Uniform):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive("std", self.std)
+        if not (isinstance(self.mean, int | float) and math.isfinite(self.mean)):
+            raise ValueError(f"`mean` is {self.mean!r}, expected a number.")
 
     def __call__(
         self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
@@ -125,7 +128,7 @@ class Shifted:
 
 
 def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
+    if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"`{name}` is {value!r}, expected a positive number.")
 
 
@@ -162,7 +165,7 @@ def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
                 f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
             )
         return NAMED[sampler]
-    if not callable(sampler):
+    if not callable(sampler) or isinstance(sampler, type):
         raise TypeError(f"`{name}` is {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
     return sampler
 

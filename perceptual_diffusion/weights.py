@@ -28,7 +28,7 @@ class MinSNR:
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < math.inf:
+        if not (isinstance(self.gamma, int | float) and 0 < self.gamma < math.inf):
             raise ValueError(f"`gamma` is {self.gamma!r}, expected a positive number.")
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def get(weight: str | TimeFunction | None, schedule: Schedule, prediction: Predi
         ValueError: the name is unknown.
         TypeError: it is neither a name nor callable.
     """
-    if weight is None or weight == "none":
+    if weight is None or (isinstance(weight, str) and weight == "none"):
         return None
-    if weight == "min_snr":
+    if isinstance(weight, str) and weight == "min_snr":
         return MinSNR(schedule=schedule, prediction=prediction)
     if isinstance(weight, str):
         raise ValueError(f"unknown weight {weight!r}, expected 'none', 'min_snr', or a callable of t.")

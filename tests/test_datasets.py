@@ -129,7 +129,7 @@ def test_a_folder_has_a_class_per_subfolder(tmp_path):
 
 
 def test_transparent_pictures_lie_on_white(tmp_path):
-    for index in range(2):
+    for index in range(4):
         Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / f"{index}.png")
     assert datasets.load(str(tmp_path)).train.images.min() == 255
 
@@ -140,6 +140,22 @@ def test_an_empty_or_unreadable_folder_says_what_to_do(tmp_path):
     (tmp_path / "a.png").write_bytes(b"not a picture")
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"0 could be read .* a\.png"):
+        datasets.load(str(tmp_path))
+
+
+def test_unreadable_pictures_are_counted_and_sixteen_bits_are_scaled(tmp_path):
+    grey = np.full((32, 32), 40000, np.uint16)
+    for index in range(5):
+        Image.fromarray(grey).save(tmp_path / f"{index}.png")
+    (tmp_path / "x.png").write_bytes(b"not a picture")
+    split = datasets.load(str(tmp_path))
+    assert split.unreadable == 1
+    assert split.train.images.unique().tolist() == [40000 // 257]
+
+
+def test_too_few_pictures_are_refused(tmp_path):
+    _pictures(tmp_path / "one", 3, (1, 2, 3))
+    with pytest.raises(UserError, match="at least 4 are needed"):
         datasets.load(str(tmp_path))
 
 

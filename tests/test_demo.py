@@ -133,10 +133,32 @@ def test_a_state_of_another_run_is_refused(tmp_path, quick):
         tuning.run(2, state=tmp_path / "s.safetensors", stop=training.Stop(), key={"seed": 1})
 
 
+def test_both_losses_see_the_same_batches_times_and_noise():
+    train = datasets.load("emoji").train
+    seen = {}
+    for loss in ("self-perceptual", "mse"):
+        model, scheduler = demo.load_base(9)
+        tuning = training.FineTuning(model, scheduler, train, loss=loss, seed=0, batch=2)
+        tuning.count_flops()
+        rows = seen[loss] = []
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs, rows=rows: rows.append(
+                (args[0].detach().clone(), kwargs["timestep"] if "timestep" in kwargs else args[1])
+            ),
+            with_kwargs=True,
+        )
+        for _ in range(3):
+            tuning.step()
+    assert len(seen["mse"]) == len(seen["self-perceptual"]) == 3
+    for (x, t), (y, u) in zip(seen["mse"], seen["self-perceptual"], strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(t, u)
+
+
 def test_mse_training_takes_the_gradient_of_the_mean_squared_error():
     train = datasets.load("emoji").train
     model, scheduler = demo.load_base(9)
-    tuning = training.FineTuning(model.eval(), scheduler, train, loss="mse", seed=0, batch=4)
+    tuning = training.FineTuning(model, scheduler, train, loss="mse", seed=0, batch=4)
     tuning.model.eval()
     clean, cond = tuning._batch(torch.Generator().manual_seed(5))
     tuning._loss(clean, cond, torch.Generator().manual_seed(6)).backward()
@@ -149,6 +171,44 @@ def test_mse_training_takes_the_gradient_of_the_mean_squared_error():
     output = model(scheduler.add_noise(clean, noise, t), t, **cond).sample
     (output - scheduler.get_velocity(clean, noise, t)).square().mean().backward()
     torch.testing.assert_close(got, model.conv_out.weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_state_folder_of_another_program_is_never_touched(tmp_path, pictures, quick):
+    foreign = tmp_path / "project" / "state" / "terraform.tfstate"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("precious")
+    for extra in ([], ["--resume"]):
+        result = invoke("demo", "--dataset", pictures, "--out", tmp_path / "project", *extra)
+        assert result.exit_code == 2
+        assert foreign.read_text() == "precious"
+
+
+def test_a_folder_called_emoji_is_not_the_packaged_set(tmp_path, pictures, quick):
+    folder = pictures.rename(tmp_path / "emoji")
+    result = invoke(
+        "demo", "--steps", 1, "--samples", 16, "--dataset", folder, "--out", tmp_path / "o", "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["base_steps"] == 1
+
+
+@pytest.mark.parametrize("break_it", ["history", "done", "optimizer", "rng", "list"])
+def test_a_state_that_lacks_a_part_is_refused(tmp_path, break_it):
+    train = datasets.load("emoji").train
+    path = tmp_path / "s.safetensors"
+
+    def tuning():
+        model, scheduler = demo.load_base(9)
+        return training.FineTuning(model, scheduler, train, loss="self-perceptual", seed=0, batch=2)
+
+    tuning().run(1, state=path, stop=training.Stop(), key={})
+    tensors, meta = files.load_state(path)
+    if break_it in meta:
+        del meta[break_it]
+    meta = [] if break_it == "list" else meta
+    files.save_state(path, {k: v for k, v in tensors.items() if not k.startswith(break_it)}, meta)
+    with pytest.raises(UserError, match="Delete its folder"):
+        tuning().run(2, state=path, stop=training.Stop(), key={})
 
 
 def test_an_interrupted_demo_is_resumed_and_finished(tmp_path, pictures, quick, monkeypatch):
@@ -214,7 +274,7 @@ def test_ctrl_c_in_a_real_process_leaves_a_resumable_state(tmp_path, pictures):
 def test_earlier_results_are_kept(tmp_path, pictures, quick):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "metrics.json").write_text("{}")
+    (out / "metrics.json").write_text(json.dumps({"made by": demo.MADE_BY}))
     (out / "mine.txt").write_text("kept")
     result = invoke("demo", "--steps", 1, "--samples", 16, "--dataset", pictures, "--out", out, "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -230,6 +290,10 @@ def test_earlier_results_are_kept(tmp_path, pictures, quick):
         (["--seed", "-1"], "--seed is -1"),
         (["--device", "gpu9"], "--device is 'gpu9'"),
         (["--dataset", "nonesuch"], "unknown dataset 'nonesuch'"),
+        (["--dataset", ""], "unknown dataset ''"),
+        (["--dataset", "~nosuchuser/x"], "unknown dataset '~nosuchuser/x'"),
+        (["--dataset", "x" * 300], "xxx"),
+        (["--seed", "99999999999"], "--seed is 99999999999"),
         (["--resume"], "nothing to resume"),
     ],
 )
@@ -239,6 +303,12 @@ def test_bad_arguments_are_one_clear_sentence(tmp_path, arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_no_folder_can_have_is_refused(tmp_path):
+    result = invoke("demo", "--out", tmp_path / ("x" * 300))
+    assert result.exit_code == 2
+    assert "cannot be used" in result.stderr
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):

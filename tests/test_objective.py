@@ -447,13 +447,26 @@ def test_seed_fixes_the_draws():
 
 def test_each_rank_draws_its_own(monkeypatch):
     losses = []
-    for rank, seed in (("3", 5), ("0", 8), ("0", 5)):
+    for rank, seed in (("3", 5), ("0", 8), ("0", 5), ("0", 5)):
         monkeypatch.setenv("RANK", rank)
         torch.manual_seed(0)
         student, objective, clean = small(seed=seed)
         losses.append(objective(student, clean).item())
-    assert losses[0] == losses[1]
-    assert losses[0] != losses[2]
+    assert len(set(losses)) == 3  # also no rank's stream is another seed's
+    assert losses[2] == losses[3]
+
+
+def test_the_own_stream_is_not_torchs_of_the_same_seed():
+    torch.manual_seed(0)
+    student, objective, clean = small()
+    seen = []
+    objective.call = lambda model, x_t, t, cond: seen.append(x_t) or model(x_t, t)
+    t = torch.full((len(clean),), objective.schedule.high, dtype=torch.float32)
+    objective(student, clean, t=t)
+    torch.manual_seed(0)
+    alpha, sigma = objective.schedule(t)
+    torchs = alpha[0].float() * clean + sigma[0].float() * torch.randn(clean.shape)
+    assert not torch.allclose(seen[0], torchs)
 
 
 def test_rng_state_continues_the_stream():

@@ -24,6 +24,8 @@ class Adapter:
         call: `(model, x_t, t, cond) -> output`.
         output: `(output, x_t) -> prediction`.
         select: takes the noisy sample's stream out of a layer's output.
+        time_scale: the time that the model is given for pure noise, where 0 is clean: a continuous schedule's time is
+            scaled to it. None: the model takes the schedule's own time.
     """
 
     family: str
@@ -31,6 +33,7 @@ class Adapter:
     call: ModelCall = call_model
     output: ModelOutput = take_prediction
     select: FeatureSelect = taps.select
+    time_scale: float | None = None
 
 
 Factory = Callable[[Any], Adapter]
@@ -72,7 +75,9 @@ def find(model: Any) -> Adapter:
         ValueError: its class is unknown; the message names what to pass by hand.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` is {_article(type(model).__name__)}, expected a torch.nn.Module. Pass `pipeline.unet` or `pipeline.transformer`.")
+        raise TypeError(
+            f"`model` is {_article(type(model).__name__)}, expected a torch.nn.Module. Pass `pipeline.unet` or `pipeline.transformer`."
+        )
     model = taps.unwrap(model)
     adapter = _known(model)
     if adapter is None:

@@ -25,16 +25,15 @@ def _mean_only(output: Any, x_t: Sample) -> Sample:
 def _unet(family: str) -> Any:
     def factory(model: Any) -> Adapter:
         middle = "mid_block" if model.mid_block is not None else f"down_blocks.{len(model.down_blocks) - 1}"
-        return Adapter(family=family, layers=(middle,), call=_call, output=_mean_only)
+        return Adapter(family=family, layers=(middle,), call=_call, output=_mean_only, time_scale=1000)
 
     return factory
 
 
 def _dit(model: Any) -> Adapter:
     """The block in the middle: half of the blocks, rounded down, have run before it."""
-    return Adapter(
-        family="DiT", layers=(f"transformer_blocks.{len(model.transformer_blocks) // 2}",), call=_call, output=_mean_only
-    )
+    middle = f"transformer_blocks.{len(model.transformer_blocks) // 2}"
+    return Adapter(family="DiT", layers=(middle,), call=_call, output=_mean_only, time_scale=1000)
 
 
 register("diffusers.UNet2DModel", _unet("UNet2D"))

@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from perceptual_diffusion import timesteps
-from perceptual_diffusion._shapes import map_leaves, over
+from perceptual_diffusion._shapes import compute_dtype, map_leaves, over
 from perceptual_diffusion.parameterizations import Prediction, edm
-from perceptual_diffusion.schedules import EDM, Discrete, Linear, Schedule
+from perceptual_diffusion.schedules import EDM, Discrete, Linear, Schedule, precise
 from perceptual_diffusion.types import Sample, TimeSampler
 
 ModelInput = Callable[[Sample, Tensor], tuple[Sample, Tensor]]
@@ -118,7 +117,9 @@ class _DynamicShift:
         keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         missing = [key for key in keys if config.get(key) is None]
         if missing:
-            raise ValueError(f"the scheduler shifts dynamically but its config lacks {', '.join(missing)}. Pass `t=timesteps.Uniform(shift=...)`.")
+            raise ValueError(
+                f"the scheduler shifts dynamically but its config lacks {', '.join(missing)}. Pass `t=timesteps.Uniform(shift=...)`."
+            )
         self.low, self.high, self.low_mu, self.high_mu = (float(config[key]) for key in keys)
         self.exponential = config.get("time_shift_type", "exponential") == "exponential"
 
@@ -139,8 +140,13 @@ def _karras(config: Mapping[str, Any]) -> Process:
     schedule = EDM(sigma_min=config["sigma_min"], sigma_max=config["sigma_max"])
 
     def model_input(x_t: Sample, t: Tensor) -> tuple[Sample, Tensor]:
-        scale = (t.double() ** 2 + data**2).rsqrt()  # c_in
-        return map_leaves(lambda x: over(scale, x) * x, x_t), (t.log() / 4).to(torch.float32)  # c_noise
+        scale = (precise(t) ** 2 + data**2).rsqrt()  # c_in
+
+        def scaled(x: Tensor) -> Tensor:
+            wide = x.to(compute_dtype(x))
+            return (over(scale, wide) * wide).to(x.dtype)
+
+        return map_leaves(scaled, x_t), (precise(t).log() / 4).float()  # c_noise
 
     preconditioned = edm(data)
     prediction = -preconditioned if config.get("prediction_type") == "v_prediction" else preconditioned

@@ -3,10 +3,12 @@
 import gzip
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from perceptual_diffusion.cli._errors import UserError
 
 SIZE = 32
+LEAST = 4
+"""The smallest number of pictures in a folder."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (
@@ -59,6 +63,8 @@ class Split:
 
     train: Pictures
     held_out: Pictures
+    unreadable: int = 0
+    """How many files of a folder could not be read and are left out."""
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -93,9 +99,12 @@ def load(name: str) -> Split:
     loaders: dict[str, Callable[[], Split]] = {"emoji": _emoji, "digits": _digits, "fashion-mnist": _fashion_mnist}
     if name in loaders:
         return loaders[name]()
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _folder(folder)
+    folder = Path(os.path.expanduser(name))
+    try:
+        if name and folder.is_dir():
+            return _folder(folder)
+    except OSError as error:
+        raise UserError(f"cannot read the folder {name[:80]!r}: {error.strerror}. Give another folder.") from error
     expected = ", ".join(repr(n) for n in loaders)
     raise UserError(
         f"unknown dataset {name!r}, expected one of {expected}, or a folder of pictures; there is no folder {str(folder)!r}."
@@ -224,7 +233,7 @@ def _folder(folder: Path) -> Split:
     for path in paths:
         try:
             with Image.open(path) as image:
-                rgba = ImageOps.exif_transpose(image).convert("RGBA")
+                rgba = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             unreadable.append(f"{path.name}: {error}")
             continue
@@ -234,9 +243,9 @@ def _folder(folder: Path) -> Split:
             torch.from_numpy(np.array(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))).permute(2, 0, 1)
         )
         labels.append(classes.index(path.relative_to(folder).parts[0] if path.parent != folder else ""))
-    if len(images) < 2:
+    if len(images) < LEAST:
         raise UserError(
-            f"of the {len(paths)} pictures in {str(folder)!r}, {len(images)} could be read and at least 2 are needed; "
+            f"of the {len(paths)} pictures in {str(folder)!r}, {len(images)} could be read and at least {LEAST} are needed; "
             f"the first failures: {'; '.join(unreadable[:3]) or 'none'}."
         )
     pictures = Pictures(
@@ -246,4 +255,10 @@ def _folder(folder: Path) -> Split:
         classes=tuple(name or "picture" for name in classes),
         mirror=torch.zeros(len(images), dtype=torch.bool),
     )
-    return _tenth(pictures)
+    split = _tenth(pictures)
+    return Split(train=split.train, held_out=split.held_out, unreadable=len(unreadable))
+
+
+def _eight_bit(image: Any) -> Any:
+    """Give a picture of 16 bits per pixel 8, which Pillow's own conversion would clip to white."""
+    return image.point(lambda value: value / 257).convert("L") if image.mode.startswith("I") else image

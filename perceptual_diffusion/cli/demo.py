@@ -1,8 +1,8 @@
 """The demo: fine-tune the packaged model with the objective and, for the same compute, with MSE; compare the samples."""
 
+import contextlib
 import json
 import platform
-import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -29,6 +29,7 @@ BASE_STEPS = 300
 OBJECTIVE: dict[str, Any] = {"distance": "normalised", "mse_weight": 1.0}
 """The recipe, arguments of `SelfPerceptualObjective.wrap`: docs/decisions/0007-the-recipe-of-the-demo.md."""
 COLUMNS = 8
+MADE_BY = "perceptual-diffusion demo"
 METRICS = [f"FD-{metrics.NETWORK}", f"KID-{metrics.NETWORK}"]
 LABELS = {
     "base": "base (MSE)",
@@ -71,21 +72,27 @@ def run(settings: Settings, *, out: Path, resume: bool) -> bool:
         ("--seed", settings.seed, 0),
     ):
         if not least <= value < 2**31:
-            raise UserError(f"{name} is {value}, expected a number of at least {least}.")
+            raise UserError(f"{name} is {value}, expected a whole number from {least} to {2**31 - 1}.")
     device = _device(settings.device)
     split = datasets.load(settings.dataset)
     console = Console(stderr=True)
-    _prepare(out, resume, console)
+    # all that the result depends on; random streams differ between kinds of device
+    key = {**asdict(settings), "device": device.type, "objective": OBJECTIVE, "lr": LR, "batch": BATCH}
+    try:
+        out = out.expanduser().resolve()
+        _prepare(out, resume, key, console)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--out {str(out)[:80]!r} cannot be used: {error}. Give another folder.") from error
     try:
         with Stop().listening() as stop, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
-            _Demo(settings, split, device, out, stop, console).run()
+            _Demo(settings, split, device, out, key, stop, console).run()
     except (Interrupted, KeyboardInterrupt):
         console.print(f"Stopped. What was done is kept in {out / 'state'}; go on with the same command and --resume.")
         return False
     except OSError as error:
         raise UserError(
-            f"cannot write to {str(out)!r}: {error}. Free some space, or use another --out; then --resume."
+            f"a file could not be written or read: {error}. Mend that (free some space), then use --resume."
         ) from error
     return True
 
@@ -103,30 +110,42 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _prepare(out: Path, resume: bool, console: Any) -> None:
-    """Make the folder; keep the results of an earlier run under another name."""
+def _prepare(out: Path, resume: bool, key: dict[str, Any], console: Any) -> None:
+    """Make the folder, marked as a run's; keep the results of an earlier run under another name."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {str(out)!r}, which is a file. Give a folder.")
-    state, finished = out / "state", (out / "metrics.json").exists()
+    state, finished = out / "state", _mark(out / "metrics.json") is not None
+    mark = _mark(state / "run.json")
     if resume:
-        if not state.is_dir():
+        if mark is None:
             raise UserError(
                 f"there is nothing to resume in {str(out)!r}"
                 + (": that run is finished." if finished else ". Run without --resume.")
             )
+        changed = sorted(name for name in key if mark.get(name) != key[name])
+        if changed:
+            raise UserError(
+                f"the run in {str(out)!r} has another {', '.join(changed)}. Use the same options, or another --out."
+            )
         return
-    if state.is_dir():
+    if mark is not None:
         raise UserError(f"{str(out)!r} holds an interrupted run. Continue it with --resume, or use another --out.")
     if out.exists() and any(out.iterdir()):
-        if not finished:
+        if not finished or state.exists() or out == Path.cwd():
             raise UserError(f"--out is {str(out)!r}, which holds other files. Give a new or an empty folder.")
         kept = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
         out.rename(kept)
         console.print(f"The earlier results are kept in {kept}.")
+    write(state / "run.json", json.dumps({"made by": MADE_BY, **key}, indent=1))
+
+
+def _mark(path: Path) -> dict[str, Any] | None:
+    """What one of the demo's own JSON files says; None if it is missing or another program's."""
     try:
-        state.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {str(out)!r}: {error}. Give another --out.") from error
+        facts = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and facts.get("made by") == MADE_BY else None
 
 
 def load_base(classes: int) -> tuple[Any, Any]:
@@ -147,7 +166,11 @@ def load_base(classes: int) -> tuple[Any, Any]:
     with resources.as_file(resources.files("perceptual_diffusion") / "assets/base") as folder:
         try:
             model = UNet2DModel.from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+                folder,
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # needs accelerate, and a warning says so
             )
             scheduler = DDIMScheduler.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # safetensors, JSON and diffusers each have their own
@@ -163,24 +186,20 @@ def load_base(classes: int) -> tuple[Any, Any]:
 
 class _Demo:
     def __init__(
-        self, settings: Settings, split: datasets.Split, device: torch.device, out: Path, stop: Stop, console: Any
+        self,
+        settings: Settings,
+        split: datasets.Split,
+        device: torch.device,
+        out: Path,
+        key: dict[str, Any],
+        stop: Stop,
+        console: Any,
     ) -> None:
-        self.settings, self.split, self.device, self.out, self.stop, self.console = (
-            settings,
-            split,
-            device,
-            out,
-            stop,
-            console,
-        )
+        self.settings, self.device, self.out, self.key = settings, device, out, key
+        self.stop, self.console = stop, console
+        self.train, self.unreadable = split.train, split.unreadable
+        self.packaged = settings.dataset == "emoji"
         self.state = out / "state"
-        self.train = split.train
-        # all of it but the device: a run may move
-        self.key = {k: v for k, v in asdict(settings).items() if k != "device"} | {
-            "objective": OBJECTIVE,
-            "lr": LR,
-            "batch": BATCH,
-        }
         self.start = time.monotonic()
 
     def run(self) -> None:
@@ -188,6 +207,8 @@ class _Demo:
             f"{self.train.name}: {len(self.train)} training pictures of {len(self.train.classes)} classes; {self.device}, "
             f"{torch.get_num_threads()} threads"
         )
+        if self.unreadable:
+            self.console.print(f"{self.unreadable} files could not be read as pictures and are left out.")
         base = self._base()
         tuned, flops, steps, histories = self._fine_tune(base)
         models = {"base": base, "guidance": base, "mse": tuned["mse"], "self-perceptual": tuned["self-perceptual"]}
@@ -208,7 +229,7 @@ class _Demo:
 
     def _base(self) -> Any:
         model = self._fresh()
-        if self.train.name == "emoji":
+        if self.packaged:
             return model.eval()
         return self._train("base by mse", self._tuning(model, "mse"), BASE_STEPS, "base")
 
@@ -273,8 +294,9 @@ class _Demo:
         path = self.state / f"samples-{name}.safetensors"
         if path.exists():
             tensors, meta = load_state(path)
-            if meta == self.key:
-                return tensors["samples"]
+            kept = tensors.get("samples")
+            if meta.get("key") == self.key and kept is not None and len(kept) == self.settings.samples:
+                return kept
         noise, labels = self._noise()
         guidance = GUIDANCE if name == "guidance" else 1.0
         with self._progress() as bar:
@@ -295,7 +317,7 @@ class _Demo:
                 batch=48,
                 progress=show,
             ).cpu()
-        save_state(path, {"samples": made}, self.key)
+        save_state(path, {"samples": made}, {"key": self.key})
         return made
 
     def _measure(
@@ -370,6 +392,7 @@ class _Demo:
         images["loss.png"] = report.loss_png(histories, flops)
         images["comparison.png"] = report.comparison({caption: images[name] for caption, name in grids.items()})
         facts = {
+            "made by": MADE_BY,
             "verdict": report.verdict(rows, METRICS, self.differences),
             "rows": rows,
             "difference to mse and its standard error": self.differences,
@@ -377,7 +400,7 @@ class _Demo:
             "settings": asdict(self.settings),
             "objective": OBJECTIVE,
             "mse_steps": steps["mse"],
-            "base_steps": 0 if self.train.name == "emoji" else BASE_STEPS,
+            "base_steps": 0 if self.packaged else BASE_STEPS,
             "batch": BATCH,
             "lr": LR,
             "cost_ratio": flops["self-perceptual"] / flops["mse"],
@@ -402,7 +425,10 @@ class _Demo:
         write_folder(self.out / "model", lambda folder: self._save_model(models["self-perceptual"], folder))
         write(self.out / "report.html", report.page(facts, images, grids, METRICS))
         write(self.out / "metrics.json", json.dumps(facts, indent=1) + "\n")
-        shutil.rmtree(self.state)
+        for file in (self.state / "run.json", *self.state.glob("*.safetensors")):
+            file.unlink()
+        with contextlib.suppress(OSError):  # somebody else's file in it stays
+            self.state.rmdir()
         self._print(facts)
 
     def _save_model(self, model: Any, folder: Path) -> None:

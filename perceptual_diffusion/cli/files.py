@@ -65,6 +65,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             meta = json.loads((file.metadata() or {})["state"])
+            if not isinstance(meta, dict):
+                raise ValueError("its description is no object")
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(

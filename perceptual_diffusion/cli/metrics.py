@@ -44,10 +44,10 @@ class Network(nn.Module):
 
 @torch.no_grad()
 def features(network: Network, images: Tensor, batch: int = 128) -> Tensor:
-    """Give the features of uint8 pictures (N, 3, H, W): float32, shape (N, 1280)."""
+    """Give the features of uint8 pictures (N, 3, H, W): float32, shape (N, 1280), on the CPU, where metrics take float64."""
     device = next(network.model.parameters()).device
-    parts = [network(part.to(device)) for part in images.split(batch)]
-    return torch.cat(parts) if parts else torch.empty(0, FEATURES, device=device)
+    parts = [network(part.to(device)).cpu() for part in images.split(batch)]
+    return torch.cat(parts) if parts else torch.empty(0, FEATURES)
 
 
 class _Given(nn.Module):

@@ -88,6 +88,7 @@ class FineTuning:
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.draws = torch.Generator(self.device).manual_seed(seed + 1)  # of t and noise; t' has the objective's own
         self.seed, self.done = seed, 0
         self.history: list[dict[str, float]] = []
         torch.manual_seed(seed)  # dropout
@@ -101,12 +102,12 @@ class FineTuning:
         null = len(self.data.classes)
         return datasets.to_model(images), {"class_labels": torch.where(chance[1] < 0.1, null, self.labels[index])}
 
-    def _loss(self, clean: Tensor, cond: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        if self.loss_name == "self-perceptual":
-            return self.objective(self.model, clean, cond=cond, generator=generator)
+    def _loss(self, clean: Tensor, cond: dict[str, Tensor], draws: torch.Generator) -> Tensor:
         objective = self.objective
-        t = objective.t(objective.schedule, clean, t=None, generator=generator)
-        noise = torch.randn(clean.shape, device=clean.device, generator=generator)
+        t = objective.t(objective.schedule, clean, t=None, generator=draws)
+        noise = torch.randn(clean.shape, device=clean.device, generator=draws)
+        if self.loss_name == "self-perceptual":
+            return objective(self.model, clean, cond=cond, t=t, noise=noise)
         output = self.model(objective.add_noise(clean, noise, t), t, **cond).sample
         loss: Tensor = (output - cast(Tensor, objective.target(clean, noise, t))).square().mean()
         objective.terms = {"mse": loss.detach()[None]}
@@ -116,7 +117,7 @@ class FineTuning:
         """Make one step and return its losses, named "sp" and "mse"."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * min(1.0, (self.done + 1) / 20)
-        loss = self._loss(*self._batch(self.generator), self.generator)
+        loss = self._loss(*self._batch(self.generator), self.draws)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -131,9 +132,11 @@ class FineTuning:
 
     def count_flops(self) -> int:
         """Count the floating-point operations of one step's forward and backward; the run is left as it was."""
+        before = self.objective.rng_state()
         with torch.random.fork_rng(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             probe = torch.Generator(self.device).manual_seed(0)
             self._loss(*self._batch(probe), probe).backward()
+        self.objective.set_rng_state(before, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         return int(counter.get_total_flops())
 
@@ -181,6 +184,10 @@ class FineTuning:
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
         tensors["rng.batches"] = self.generator.get_state()
+        tensors["rng.draws"] = self.draws.get_state()
+        t_prime = self.objective.rng_state()
+        if t_prime is not None:
+            tensors["rng.t_prime"] = t_prime
         tensors["rng.torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -209,12 +216,20 @@ class FineTuning:
                 index, field = name.split(".", 1)
                 layout["state"].setdefault(int(index), {})[field] = value
             self.optimizer.load_state_dict(layout)
+            for parameter in self.model.parameters():
+                if self.optimizer.state[parameter]["exp_avg"].shape != parameter.shape:
+                    raise ValueError("a moment of the optimizer has another shape than its weight")
             self.generator.set_state(tensors["rng.batches"])
+            self.draws.set_state(tensors["rng.draws"])
+            if "rng.t_prime" in tensors or self.loss_name == "self-perceptual":
+                self.objective.set_rng_state(tensors["rng.t_prime"], self.device)
             torch.set_rng_state(tensors["rng.torch"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.done, self.history = int(meta["done"]), [dict(row) for row in meta["history"]]
+            if not 0 < self.done == len(self.history):
+                raise ValueError("the count of steps and the history differ")
+        except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the state {str(path)!r} does not fit this run: {error}. Delete its folder and start again."
             ) from error
-        self.done, self.history = int(meta["done"]), list(meta["history"])
