@@ -1,4 +1,4 @@
-"""Check what the sdist and the wheel hold, and that a wheel built from the sdist is the same as one from the tree."""
+"""Check that the sdist, and the wheel that `python -m build` makes from it, hold every file of the package."""
 
 import sys
 import tarfile

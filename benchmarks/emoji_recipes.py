@@ -1,7 +1,6 @@
 """Try recipes of the objective on the packaged base model and emoji; print one JSON row per recipe.
 
-Each fine-tunes the base from the same weights with the same batches, keeps an average of the weights (EMA), and samples
-the whole training distribution of classes from the same noise with 25 steps of DDIM.
+Each fine-tunes the base from the same weights, keeps an average of the weights (EMA), and samples the whole training distribution of classes from the same noise with 25 steps of DDIM.
 
     python benchmarks/emoji_recipes.py --out benchmarks/results/emoji_recipes.jsonl --device cuda
 """
@@ -159,6 +158,7 @@ def main() -> None:
             **{k: v for k, v in RECIPES[name].items() if k != "steps"},
             "seconds": round(trained - begin, 1),
             "hardware": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "torch": torch.__version__,
             "date": datetime.now(UTC).date().isoformat(),
         }
         with options.out.open("a") as file:

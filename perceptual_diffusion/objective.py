@@ -186,8 +186,8 @@ class SelfPerceptualObjective:
             layers: dotted names of the layers to compare; by default the model's middle. The loss is the mean of theirs.
             call: `(model, x_t, t, cond) -> output`, t in the schedule's unit, shape (B,); by default the family's.
             output: `(output, x_t) -> prediction`; by default the family's.
-            teacher: "copy" (a frozen copy of `model`), another module with those layers, or a callable
-                `(x_t, t, cond) -> list of features`.
+            teacher: "copy" (a frozen copy of `model`), another module with those layers (it is frozen and put into
+                `eval()` in place), or a callable `(x_t, t, cond) -> list of features`.
             t: as in the constructor; by default uniform, with the scheduler's shift if it has one.
             t_prime: as in the constructor, like all that follow.
             distance: see the constructor.

@@ -163,6 +163,25 @@ def precise(t: Tensor) -> Tensor:
     return t.to(torch.float32 if t.device.type in NO_FLOAT64 else torch.float64)
 
 
+def _numbers(**values: Any) -> None:
+    """Raise a TypeError unless every value is a number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"`{name}` is {value!r}, expected a number.")
+
+
+def _table(name: str, values: Any) -> Tensor:
+    """Give one value per timestep as float64 on the CPU, a copy."""
+    if isinstance(values, Tensor) and (values.is_complex() or values.device.type == "meta"):
+        raise TypeError(f"`{name}` has dtype {values.dtype} on {values.device}, expected real values.")
+    try:
+        return torch.as_tensor(values).detach().to("cpu", torch.float64, copy=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"`{name}` is a {type(values).__name__}, expected a tensor of shape (T,), one value per timestep."
+        ) from error
+
+
 def _check_snr(schedule: Schedule) -> None:
     """Raise unless scales are finite, of shape (B,), not both 0, and the SNR is monotone in t."""
     t = schedule.grid()
@@ -204,7 +223,7 @@ class Discrete(Schedule):
     discrete = True
 
     def __init__(self, alpha_bar: Tensor) -> None:
-        table = torch.as_tensor(alpha_bar).detach().to("cpu", torch.float64, copy=True)
+        table = _table("alpha_bar", alpha_bar)
         if table.ndim != 1 or not len(table):
             raise ValueError(
                 f"`alpha_bar` has shape {tuple(table.shape)}, expected (T,), one value per timestep, T at least 1."
@@ -225,7 +244,7 @@ class Discrete(Schedule):
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Discrete":
         """Build from β_t, shape (T,): ᾱ_t = Π (1 − β_s)."""
-        return cls((1 - torch.as_tensor(betas).double()).cumprod(0))
+        return cls((1 - _table("betas", betas)).cumprod(0))
 
     @classmethod
     def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> "Discrete":
@@ -354,6 +373,7 @@ class EDM(Schedule):
     def __init__(
         self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, p_mean: float = -1.2, p_std: float = 1.2
     ) -> None:
+        _numbers(sigma_min=sigma_min, sigma_max=sigma_max, p_mean=p_mean, p_std=p_std)
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(
                 f"`sigma_min` is {sigma_min!r} and `sigma_max` {sigma_max!r}, expected 0 < sigma_min < sigma_max."
@@ -415,6 +435,7 @@ class Interpolant(Schedule):
             raise TypeError(
                 "`alpha` and `sigma` must be callables of times of shape (B,), such as `lambda t: 1 - t` and `lambda t: t`."
             )
+        _numbers(low=low, high=high)
         if not -math.inf < low < high < math.inf:
             raise ValueError(f"`low` is {low!r} and `high` {high!r}, expected two numbers, low < high.")
         self.alpha, self.sigma = alpha, sigma

@@ -14,11 +14,11 @@ class _Stop(BaseException):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Give the module inside DDP, DataParallel and torch.compile wrappers."""
+    """Give the module inside DDP, DataParallel, AveragedModel and torch.compile wrappers."""
     while True:
         if "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "AveragedModel"):
             inner = model._modules["module"]
         else:
             return model

@@ -454,3 +454,28 @@ def test_interpolant_refuses_a_bad_range(low, high):
 def test_interpolant_refuses_what_is_no_function():
     with pytest.raises(TypeError, match="must be callables"):
         Interpolant(torch.ones(3), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Discrete(None),
+        lambda: Discrete("abc"),
+        lambda: Discrete(torch.rand(3, dtype=torch.complex64)),
+        lambda: Discrete(torch.empty(3, device="meta")),
+        lambda: EDM(sigma_max="80"),
+        lambda: EDM(p_std=None),
+        lambda: Interpolant(lambda t: 1 - t, lambda t: t, low="0"),
+    ],
+)
+def test_what_is_no_number_is_a_type_error_of_ours(make):
+    with pytest.raises(TypeError, match=r"^`\w+` (is|has)"):
+        make()
+
+
+def test_derivatives_are_right_under_inference_mode():
+    path = Interpolant(lambda t: 1 - t**2, lambda t: t**2)
+    with torch.inference_mode():
+        alpha, sigma = path.derivative(torch.tensor([0.5]))
+    assert alpha.tolist() == [-1.0]
+    assert sigma.tolist() == [1.0]

@@ -54,7 +54,7 @@ def register(cls: str | type, factory: Factory) -> None:
     """
     if not isinstance(cls, str | type):
         raise TypeError(f"`cls` is {cls!r}, expected a class or 'package.ClassName'.")
-    if isinstance(cls, str) and "." not in cls:
+    if isinstance(cls, str) and ("." not in cls or not all(part.isidentifier() for part in cls.split("."))):
         raise ValueError(f"`cls` is {cls!r}, expected 'package.ClassName', such as 'diffusers.UNet2DModel'.")
     if not callable(factory):
         raise TypeError(f"`factory` is {factory!r}, expected a function `(model) -> Adapter`.")

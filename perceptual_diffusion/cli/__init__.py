@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command; without its extra installed, say how to install it."""
     if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
-        # OpenMP's threads spin while they wait, which on a busy machine makes each step ten times slower. The setting
+        # OpenMP's threads spin while they wait, which slows each step many times over on a busy machine. The setting
         # is read when torch is loaded, and that has happened: start again with it.
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.execv(sys.executable, sys.orig_argv)

@@ -1,0 +1,109 @@
+"""Set-ups that looked right and trained nothing, or the wrong thing: each is right here, or refused."""
+
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+from models import ConvNet, unet
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from perceptual_diffusion import SelfPerceptualObjective, schedules, taps
+
+LABELS = {"class_labels": torch.tensor([0, 1])}
+
+
+def times_given(objective, model, t):
+    """The times that the model itself is given for times t of the schedule."""
+    seen = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+    )
+    objective(model, torch.randn(2, 3, 16, 16), cond=LABELS, t=t)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("schedule", [schedules.Linear(), schedules.Linear(scale=1000), schedules.Cosine()])
+def test_a_family_that_wants_0_to_1000_gets_that_on_every_path(schedule):
+    model = unet()
+    objective = SelfPerceptualObjective.wrap(model, schedule, prediction="v_prediction")
+    t = torch.tensor([0.25, 0.75]) * schedule.high
+    torch.testing.assert_close(times_given(objective, model, t), torch.tensor([250.0, 750.0]))
+
+
+def test_indices_and_calls_of_the_users_own_are_left_alone():
+    model = unet()
+    objective = SelfPerceptualObjective.wrap(model, schedules.Discrete.linear(), prediction="epsilon")
+    assert times_given(objective, model, torch.tensor([3, 999])).tolist() == [3, 999]
+    seen = []
+
+    def call(model, x_t, t, cond):
+        seen.append((x_t, t))
+        return model(x_t, t, **cond)
+
+    clean, noise = torch.randn(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
+    objective = SelfPerceptualObjective.wrap(model, EDMEulerScheduler(), call=call)
+    objective(model, clean, cond=LABELS, noise=noise, t=torch.tensor([50.0, 2.0]))
+    assert torch.equal(seen[0][0], clean)
+    assert seen[0][1].tolist() == [50.0, 2.0]
+
+
+@pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Interpolant(lambda t: t, lambda t: 1 - t)])
+def test_a_family_whose_time_cannot_be_told_is_refused(schedule):
+    with pytest.raises(ValueError, match="`call` is missing: models of the family UNet2D take a time from 0"):
+        SelfPerceptualObjective.wrap(unet(), schedule, prediction="v_prediction")
+
+
+def objective_of(teacher, **options):
+    return SelfPerceptualObjective(
+        schedule=schedules.Linear(), prediction="v_prediction", teacher=teacher, call=lambda m, x, t, c: m(x), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [torch.no_grad()(lambda x, t, cond: [x * 2]), lambda x, t, cond: [x.detach()], lambda x, t, cond: [x.long()]],
+)
+def test_a_teacher_without_a_gradient_is_refused_also_beside_the_mse(teacher):
+    model = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="gives no gradient to the sample"):
+        objective_of(teacher, mse_weight=1.0)(model, torch.randn(2, 3, 4, 4))
+    with torch.no_grad():
+        assert objective_of(teacher, mse_weight=1.0)(model, torch.randn(2, 3, 4, 4)).isfinite()
+
+
+def test_a_teacher_on_another_device_says_how_to_move_it():
+    model = ConvNet()
+    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), prediction="v_prediction", layers="body")
+    objective.to("meta")
+    with pytest.raises(ValueError, match=r"the teacher is on meta, expected cpu.*`objective.to\('cpu'\)`"):
+        objective(model, torch.randn(2, 3, 6, 6))
+
+
+def test_a_part_compiled_on_its_own_is_unwrapped_in_the_copy():
+    model, x, t = ConvNet(), torch.randn(2, 3, 6, 6), torch.tensor([0.2, 0.7])
+    options = {"prediction": "v_prediction", "layers": "body"}
+    plain = SelfPerceptualObjective.wrap(model, schedules.Linear(), **options)
+    model.body = torch.compile(model.body, backend="eager")
+    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), **options)
+    assert not any("_orig_mod" in module._modules for module in objective.teacher.module.modules())
+    assert torch.equal(objective.teacher(x, t, {})[0], plain.teacher(x, t, {})[0])
+
+
+def test_averaged_weights_are_a_teacher():
+    model = ConvNet()
+    averaged = AveragedModel(model)
+    assert taps.unwrap(averaged) is averaged.module
+    objective = SelfPerceptualObjective.wrap(
+        model, schedules.Linear(), prediction="v_prediction", layers="body", teacher=averaged
+    )
+    assert objective(model, torch.randn(2, 3, 6, 6)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [("abc", TypeError), (torch.zeros(3, dtype=torch.uint8), ValueError), (torch.zeros(3), ValueError)],
+)
+def test_a_state_of_no_generator_is_refused(state, error):
+    with pytest.raises(error, match="`state` is"):
+        objective_of(lambda x, t, cond: [x]).set_rng_state(state)
