@@ -205,7 +205,7 @@ def page(facts: dict[str, Any], pictures: dict[str, bytes], grids: dict[str, str
 <div class="wide"><table><tr>{header}</tr>{body}</table></div>
 <ul>{sentences}</ul>
 <p class="lead">Features of {html.escape(facts["network"])}; a Fréchet distance in them is not FID, depends on N, and is compared at equal N only. KID is times 1000,
-± is its standard deviation over subsets of half the samples; the standard error of a difference is that of paired samples. The distance to the training set is the root mean square pixel difference to the nearest training picture: near 0 would mean copies.
+± is its standard deviation over subsets of half the samples; the standard error of a difference is that of paired samples, and does not cover the chance of the training run. The distance to the training set is the root mean square pixel difference to the nearest training picture: near 0 would mean copies.
 The row of real pictures is {facts["real_n"]} training pictures against the rest. One seed: a small difference may be chance.</p>
 <h2>The clean sample as predicted along the trajectory</h2>
 <p>x̂_0 at timesteps from noise (left) to data (right), as in the paper's figure 5.</p>
