@@ -392,17 +392,17 @@ class SelfPerceptualObjective:
         features = [self.teacher(sample, t_prime, cond) for sample in renoised]
         with torch.no_grad():
             true = self.teacher(x_tt, t_prime, cond)
-        for given in features if torch.is_grad_enabled() and any(d.requires_grad for d in leaves(error)) else ():
-            if not all(isinstance(f, Tensor) and f.requires_grad for f in given):
-                raise ValueError(
-                    "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
-                    "without detaching; only the pass on the true pair is run under no_grad, by the objective."
-                )
         for given in (true, *features):
             self._check_features(given, len(like))
             if [f.shape for f in given] != [f.shape for f in true]:
                 raise ValueError(
                     f"`teacher` gives features of shapes {describe(given)} and {describe(true)}, expected the same in every pass."
+                )
+        for given in features if torch.is_grad_enabled() and any(d.requires_grad for d in leaves(error)) else ():
+            if not all(f.requires_grad for f in given):
+                raise ValueError(
+                    "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
+                    "without detaching; only the pass on the true pair is run under no_grad, by the objective."
                 )
         perceptual = torch.stack([self._compare(f, true, len(like)) for f in features]).sum(0)
         square = torch.stack([mean_per_sample(leaf.square()) for leaf in leaves(error)]).mean(0)

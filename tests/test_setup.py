@@ -3,11 +3,12 @@
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
-from models import ConvNet, unet
+from models import ConvNet, dit, unet
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from perceptual_diffusion import SelfPerceptualObjective, schedules, taps
+from perceptual_diffusion.adapters import _registry
 
 LABELS = {"class_labels": torch.tensor([0, 1])}
 
@@ -107,3 +108,36 @@ def test_averaged_weights_are_a_teacher():
 def test_a_state_of_no_generator_is_refused(state, error):
     with pytest.raises(error, match="`state` is"):
         objective_of(lambda x, t, cond: [x]).set_rng_state(state)
+
+
+@pytest.mark.parametrize("gives", [None, 3, [], [None]])
+def test_a_teacher_that_gives_no_features_is_named_also_in_training(gives):
+    with pytest.raises(TypeError, match="`teacher` gives"):
+        objective_of(lambda x, t, cond: gives)(nn.Conv2d(3, 3, 1), torch.randn(2, 3, 4, 4))
+
+
+def test_a_known_family_keeps_its_output_beside_layers_and_a_call_given_by_hand():
+    model, clean = dit(), torch.randn(2, 4, 8, 8)
+    objective = SelfPerceptualObjective.wrap(
+        model,
+        schedules.Discrete.linear(),
+        prediction="epsilon",
+        layers=["transformer_blocks.0"],
+        call=lambda m, x, t, c: m(x, timestep=t, **c),
+    )
+    loss = objective(model, clean, cond=LABELS)  # the model also gives a variance: eight channels for four
+    loss.backward()
+    assert float(model.proj_out_2.weight.grad.abs().sum()) > 0
+
+
+def test_a_broken_plug_in_is_not_taken_for_a_missing_one(monkeypatch):
+    class Broken:
+        name, value = "mine", "mine:register"
+
+        def load(self):
+            raise ImportError("no such module")
+
+    monkeypatch.setattr(_registry, "entry_points", lambda group: [Broken()])
+    monkeypatch.setattr(_registry, "_loaded_entry_points", False)
+    with pytest.raises(ValueError, match=r"'mine:register' .* cannot be loaded: no such module"):
+        SelfPerceptualObjective.wrap(ConvNet(), schedules.Linear(), prediction="v_prediction", layers="body")

@@ -79,7 +79,7 @@ def find(model: Any) -> Adapter:
             f"`model` is {_article(type(model).__name__)}, expected a torch.nn.Module. Pass `pipeline.unet` or `pipeline.transformer`."
         )
     model = taps.unwrap(model)
-    adapter = _known(model)
+    adapter = known(model)
     if adapter is None:
         names = ", ".join(n for n, _ in model.named_children()) or "none"
         raise ValueError(
@@ -89,12 +89,13 @@ def find(model: Any) -> Adapter:
     return adapter
 
 
-def _known(model: nn.Module) -> Adapter | None:
+def known(model: nn.Module) -> Adapter | None:
+    """Give the adapter of a model, or None where its class is unknown."""
     _load_entry_points()
-    for cls in type(model).__mro__:
+    for cls in type(taps.unwrap(model)).__mro__:
         factory = _factories.get(_key(cls))
         if factory is not None:
-            adapter = factory(model)
+            adapter = factory(taps.unwrap(model))
             if not isinstance(adapter, Adapter):
                 raise TypeError(
                     f"the factory of {cls.__name__} gives {type(adapter).__name__}, expected an adapters.Adapter. "

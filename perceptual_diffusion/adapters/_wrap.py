@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from perceptual_diffusion import objective, taps
-from perceptual_diffusion.adapters._registry import Adapter, find
+from perceptual_diffusion.adapters._registry import Adapter, find, known
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
 from perceptual_diffusion.schedules import EDM, Schedule
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher, same_storage
@@ -36,7 +36,9 @@ def assemble(
             "`prediction` is missing, and the schedule does not say it. Pass `prediction='v_prediction'` or what the model predicts."
         )
     names = _names(layers)
-    adapter = Adapter(family="explicit", layers=names) if names and call else _find(model, names)
+    adapter = known(model)
+    if adapter is None:  # with layers given by hand, it is called as `model(x_t, t, **cond)`, or by `call`
+        adapter = Adapter(family="explicit", layers=names) if names else find(model)
     student_call = call or _family_call(adapter, process)
     names = names or adapter.layers
     return {
@@ -47,16 +49,6 @@ def assemble(
         "t": process.t if t is None else t,
         "teacher": _teacher(model, teacher, names, student_call, adapter, truncate),
     }
-
-
-def _find(model: nn.Module, names: tuple[str, ...]) -> Adapter:
-    """The model's adapter; with layers given by hand, a model without one is called as `model(x_t, t, **cond)`."""
-    try:
-        return find(model)
-    except ValueError:
-        if not names:
-            raise
-        return Adapter(family="explicit", layers=names)
 
 
 def _names(layers: Any) -> tuple[str, ...]:

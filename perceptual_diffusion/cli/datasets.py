@@ -111,11 +111,6 @@ def load(name: str) -> Split:
     )
 
 
-def emoji_captions() -> list[str]:
-    """The captions of the packaged emoji, in the order of the atlas."""
-    return [row["caption"] for row in _emoji_rows()["emoji"]]
-
-
 def _emoji_rows() -> dict:  # type: ignore[type-arg]
     rows: dict = json.loads((resources.files("perceptual_diffusion") / "assets/emoji/emoji.json").read_text("utf-8"))  # type: ignore[type-arg]
     return rows
