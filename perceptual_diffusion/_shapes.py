@@ -34,6 +34,27 @@ def map_leaves(function: Callable[..., Tensor], sample: Sample, *others: Sample)
     return cast(Sample, _like(sample, mapped))
 
 
+def map_scaled(function: Callable[..., Tensor], scales: tuple[Tensor, ...], sample: Sample, *others: Sample) -> Sample:
+    """Apply `function(scales, *tensors)`, scales of shape (B,) and tensors of shape (B, *), to samples of one structure.
+
+    A list is a ragged batch: the tensor of each sample meets the scales of that sample.
+    """
+    if isinstance(sample, list):
+        columns = zip(sample, *cast("tuple[list[Tensor], ...]", others), strict=True)
+        rows = [[scale[i : i + 1] for scale in scales] for i in range(len(sample))]
+        return [
+            function(tuple(row), *(tensor[None] for tensor in column))[0]
+            for row, column in zip(rows, columns, strict=True)
+        ]
+    if isinstance(sample, dict):
+        rest = cast("tuple[dict[str, Sample], ...]", others)
+        return {k: map_scaled(function, scales, v, *(other[k] for other in rest)) for k, v in sample.items()}
+    if isinstance(sample, tuple):
+        items = zip(sample, *cast("tuple[tuple[Sample, ...], ...]", others), strict=True)
+        return cast(Sample, _like(sample, [map_scaled(function, scales, *item) for item in items]))
+    return function(scales, sample, *others)
+
+
 def _like(sequence: Any, items: list[Any]) -> Any:
     """Give the items the type of a list, tuple or named tuple."""
     return type(sequence)(*items) if hasattr(sequence, "_fields") else type(sequence)(items)
@@ -66,16 +87,23 @@ def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
     if isinstance(sample, dict | list | tuple):
         if not sample:
             raise ValueError(
-                f"`{name}` is empty, expected a tensor of shape (B, *), or a tuple or dict of such tensors."
+                f"`{name}` is empty, expected a tensor of shape (B, *), a tuple or dict of such tensors, or a list of B tensors."
+            )
+        if isinstance(sample, list) and any(isinstance(item, dict | list | tuple) for item in sample):
+            raise TypeError(
+                f"`{name}` has shape {describe(sample)}, expected a list of B tensors, one per sample. Use a tuple or a dict "
+                "for several tensors that are denoised together."
             )
         if like is not None and not _same_structure(sample, like):
             raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
         keys: list[Any] = list(sample) if isinstance(sample, dict) else list(range(len(sample)))
         for key in keys:
             check_sample(f"{name}[{key!r}]", sample[key], None if like is None else cast(Any, like)[key])
-        if len({len(leaf) for leaf in leaves(cast(Sample, sample))}) > 1:
+        if isinstance(sample, list):
+            return
+        if len({batch_size(value) for value in (sample.values() if isinstance(sample, dict) else sample)}) > 1:
             raise ValueError(
-                f"`{name}` has shape {describe(sample)}: its tensors differ in dim 0. Give one batch size B."
+                f"`{name}` has shape {describe(sample)}: its parts differ in the number of samples. Give one batch size B."
             )
         return
     if not isinstance(sample, Tensor):
@@ -99,7 +127,11 @@ def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
 def _same_structure(sample: Any, like: Any) -> bool:
     if isinstance(sample, dict):
         return isinstance(like, dict) and sample.keys() == like.keys()
-    return isinstance(like, list | tuple) and len(sample) == len(like)
+    return (
+        isinstance(like, list) == isinstance(sample, list)
+        and isinstance(like, list | tuple)
+        and len(sample) == len(like)
+    )
 
 
 def _a(word: str) -> str:
@@ -107,8 +139,18 @@ def _a(word: str) -> str:
 
 
 def first(sample: Sample) -> Tensor:
-    """The first tensor of a sample: it stands for the batch size and the device."""
-    return next(leaves(sample))
+    """A tensor (B, *) that stands for the batch size, the device and the shape of the first part of a sample."""
+    if isinstance(sample, list):
+        tensor = cast(Tensor, sample[0])
+        return tensor[None].expand(len(sample), *tensor.shape)
+    if isinstance(sample, Tensor):
+        return sample
+    return first(next(iter(sample.values() if isinstance(sample, dict) else sample)))
+
+
+def batch_size(sample: Sample) -> int:
+    """How many samples there are: the length of a list, else of dim 0."""
+    return len(first(sample))
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -137,3 +179,14 @@ def mean_per_sample(value: Tensor) -> Tensor:
     if value.ndim == 1:
         return value
     return value.flatten(1).sum(1) / max(1, math.prod(value.shape[1:]))
+
+
+def mean_square(sample: Sample) -> Tensor:
+    """Mean square of each sample, (B,); of several parts, the mean over the parts."""
+    if isinstance(sample, Tensor):
+        return mean_per_sample(sample.square())
+    if isinstance(sample, list):
+        return torch.stack([cast(Tensor, tensor).square().mean() for tensor in sample])
+    return torch.stack([mean_square(part) for part in (sample.values() if isinstance(sample, dict) else sample)]).mean(
+        0
+    )

@@ -9,7 +9,7 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 import os
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from perceptual_diffusion._shapes import (
     first,
     leaves,
     map_leaves,
-    mean_per_sample,
+    mean_square,
 )
+from perceptual_diffusion.features import Features
 from perceptual_diffusion.parameterizations import Prediction, System
 from perceptual_diffusion.renoising import (
     FORMULATIONS,
@@ -37,6 +38,7 @@ from perceptual_diffusion.schedules import Schedule
 from perceptual_diffusion.types import (
     Cond,
     Distance,
+    Feature,
     ModelCall,
     ModelOutput,
     Sample,
@@ -160,13 +162,14 @@ class SelfPerceptualObjective:
     def wrap(
         cls,
         model: Any,
-        schedule: Any,
+        schedule: Any = None,
         *,
         prediction: str | Prediction | None = None,
         layers: str | list[str] | tuple[str, ...] | None = None,
         call: ModelCall | None = None,
         output: ModelOutput | None = None,
         teacher: Any = "copy",
+        features: Features = "noisy",
         t: str | TimeSampler | None = None,
         t_prime: str | TimeSampler = "uniform",
         distance: str | Distance = "mse",
@@ -180,7 +183,8 @@ class SelfPerceptualObjective:
         """Build the objective of a model. Call it while the model's weights are the MSE-trained ones.
 
         Args:
-            model: the student. Its family, if known, says how it is called and where its middle is.
+            model: the student. Its family, if known, says how it is called and where its middle is; else a general rule
+                finds the middle. Or a diffusers pipeline, for its denoiser and its scheduler.
             schedule: a diffusers scheduler, or a schedule of `perceptual_diffusion.schedules`.
             prediction: what the model predicts; by default what the scheduler says.
             layers: dotted names of the layers to compare; by default the model's middle. The loss is the mean of theirs.
@@ -188,6 +192,7 @@ class SelfPerceptualObjective:
             output: `(output, x_t) -> prediction`; by default the family's.
             teacher: "copy" (a frozen copy of `model`), another module with those layers (it is frozen and put into
                 `eval()` in place), or a callable `(x_t, t, cond) -> list of features`.
+            features: "noisy" compares the noisy sample's tokens and streams, "all" whatever depends on the noisy sample.
             t: as in the constructor; by default uniform, with the scheduler's shift if it has one.
             t_prime: as in the constructor, like all that follow.
             distance: see the constructor.
@@ -217,6 +222,7 @@ class SelfPerceptualObjective:
             output=output,
             teacher=teacher,
             t=t,
+            features=features,
             truncate=truncate,
         )
         return cls(
@@ -394,44 +400,56 @@ class SelfPerceptualObjective:
             true = self.teacher(x_tt, t_prime, cond)
         for given in (true, *features):
             self._check_features(given, len(like))
-            if [f.shape for f in given] != [f.shape for f in true]:
+            if [describe(f) for f in given] != [describe(f) for f in true]:
                 raise ValueError(
                     f"`teacher` gives features of shapes {describe(given)} and {describe(true)}, expected the same in every pass."
                 )
         for given in features if torch.is_grad_enabled() and any(d.requires_grad for d in leaves(error)) else ():
-            if not all(f.requires_grad for f in given):
+            if not all(leaf.requires_grad for f in given for leaf in leaves(cast(Sample, f))):
                 raise ValueError(
                     "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
                     "without detaching; only the pass on the true pair is run under no_grad, by the objective."
                 )
         perceptual = torch.stack([self._compare(f, true, len(like)) for f in features]).sum(0)
-        square = torch.stack([mean_per_sample(leaf.square()) for leaf in leaves(error)]).mean(0)
+        square = mean_square(error)
         self.terms = {"sp": perceptual.detach(), "mse": square.detach()}
         loss = perceptual + self.mse_weight * square if self.mse_weight else perceptual
         if self.weight is not None:
             loss = loss * self._weigh(self.weight, t).to(loss.dtype)
         return loss if reduction == "none" else loss.sum() / max(1, len(loss))
 
-    def _compare(self, features: list[Tensor], true: list[Tensor], batch: int) -> Tensor:
-        """Mean over the layers of the distance of their features, shape (B,)."""
+    def _compare(self, features: list[Feature], true: list[Feature], batch: int) -> Tensor:
+        """Mean over the features of their distance, shape (B,)."""
         values = []
         for f, g in zip(features, true, strict=True):
-            dtype = compute_dtype(f, g)
-            value = self.distance(f.to(dtype), g.to(dtype))
-            if not isinstance(value, Tensor) or value.shape != f.shape[:1]:
-                raise ValueError(
-                    f"`distance` gives {describe(value)}, expected one value per sample, shape {tuple(f.shape[:1])}."
-                )
+            if isinstance(f, list):  # samples of different sizes
+                values.append(torch.cat([self._distance(x, y) for x, y in zip(f, g, strict=True)]))
+                continue
+            value = self._distance(f, cast(Tensor, g))
             values.append(value if len(value) == batch else value.reshape(batch, -1).mean(1))  # of batch · frames
         return torch.stack(values).mean(0)
 
+    def _distance(self, f: Tensor, g: Tensor) -> Tensor:
+        dtype = compute_dtype(f, g)
+        value = self.distance(f.to(dtype), g.to(dtype))
+        if not isinstance(value, Tensor) or value.shape != f.shape[:1]:
+            raise ValueError(
+                f"`distance` gives {describe(value)}, expected one value per sample, shape {tuple(f.shape[:1])}."
+            )
+        return value
+
     def _check_features(self, features: Any, batch: int) -> None:
-        if not isinstance(features, list | tuple) or not features or not all(isinstance(f, Tensor) for f in features):
+        if not isinstance(features, list | tuple) or not features or not all(map(_is_feature, features)):
             raise TypeError(
                 f"`teacher` gives {describe(features)}, expected a list of features, one tensor of shape (B, *) per layer."
             )
         for feature in features:
-            if feature.ndim == 0 or len(feature) < batch or (len(feature) % batch if batch else len(feature)):
+            if isinstance(feature, list):
+                if len(feature) != batch or any(len(part) != 1 for part in feature):
+                    raise ValueError(
+                        f"a feature has shapes {describe(feature)}, expected {batch} tensors of shape (1, *), one per sample."
+                    )
+            elif feature.ndim == 0 or len(feature) < batch or (len(feature) % batch if batch else len(feature)):
                 raise ValueError(
                     f"a feature has shape {tuple(feature.shape)}, expected its first dimension to be the batch of {batch}, or the "
                     "batch times frames. Take the sample's stream out of the layer with an adapter's `select`."
@@ -471,6 +489,12 @@ class SelfPerceptualObjective:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self._generator = torch.Generator(like.device).manual_seed(_stream(seed, _process_rank()))
         return self._generator
+
+
+def _is_feature(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(part, Tensor) and part.ndim > 0 for part in value)
+    return isinstance(value, Tensor)
 
 
 def _check_range(schedule: Schedule, t_range: tuple[float, float] | None) -> tuple[float, float]:

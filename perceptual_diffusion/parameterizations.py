@@ -39,12 +39,19 @@ class Prediction:
 
     def __neg__(self) -> "Prediction":
         """The prediction with its sign turned (clean − noise instead of noise − clean)."""
+        name = self.name[1:] if self.name.startswith("-") else f"-{self.name}"
+        return Prediction(name=name, row=self.row.of if isinstance(self.row, _Negative) else _Negative(self.row))
 
-        def row(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-            a, b = self.row(schedule, t)
-            return -a, -b
 
-        return Prediction(name=f"-{self.name}", row=row)
+@dataclass(frozen=True)
+class _Negative:
+    """A row with its sign turned; a class, so that a prediction can be pickled and compared."""
+
+    of: Row
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.of(schedule, t)
+        return -a, -b
 
 
 def _epsilon(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,18 +99,22 @@ def edm(sigma_data: float = 0.5) -> Prediction:
     """
     if not (isinstance(sigma_data, int | float) and 0 < sigma_data < math.inf):
         raise ValueError(f"`sigma_data` is {sigma_data!r}, expected a positive number.")
+    return Prediction(name="edm", row=_EDM(float(sigma_data)))
 
-    def row(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class _EDM:
+    sigma_data: float
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
         _, sigma = schedule(t)
-        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        c_skip = self.sigma_data**2 / (sigma**2 + self.sigma_data**2)
+        c_out = sigma * self.sigma_data / (sigma**2 + self.sigma_data**2).sqrt()
         return (1 - c_skip) / c_out, -c_skip * sigma / c_out
-
-    return Prediction(name="edm", row=row)
 
 
 def get(prediction: str | Prediction) -> Prediction:
-    """Give the prediction of a name.
+    """Give the prediction of a name; a leading minus turns its sign ("-flow_prediction": clean − noise).
 
     Raises:
         ValueError: the name is unknown.
@@ -115,12 +126,14 @@ def get(prediction: str | Prediction) -> Prediction:
         raise TypeError(
             f"`prediction` is a {type(prediction).__name__}, expected a name or a parameterizations.Prediction."
         )
-    if prediction not in NAMED:
-        names = ", ".join(repr(name) for name in NAMED)
+    name = prediction.removeprefix("-")
+    if name not in NAMED:
+        names = ", ".join(repr(known) for known in NAMED)
         raise ValueError(
-            f"unknown prediction {prediction!r}, expected one of {names}, or a parameterizations.Prediction."
+            f"unknown prediction {prediction!r}, expected one of {names}, with a leading '-' where the model predicts the "
+            "negative, or a parameterizations.Prediction."
         )
-    return NAMED[prediction]
+    return -NAMED[name] if prediction.startswith("-") else NAMED[name]
 
 
 @dataclass(frozen=True, kw_only=True)

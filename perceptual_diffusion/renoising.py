@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from perceptual_diffusion._shapes import compute_dtype, map_leaves, over, result_dtype
+from perceptual_diffusion._shapes import compute_dtype, map_scaled, over, result_dtype
 from perceptual_diffusion.parameterizations import System, mix
 from perceptual_diffusion.types import Sample
 
@@ -26,7 +26,7 @@ Scales = tuple[Tensor, Tensor]
 
 def mix_samples(clean: Sample, noise: Sample, scales: Scales) -> Sample:
     """Mix nested samples (B, *): scales[0] clean + scales[1] noise."""
-    return map_leaves(lambda x, e: mix(x, e, *scales), clean, noise)
+    return map_scaled(lambda k, x, e: mix(x, e, *k), scales, clean, noise)
 
 
 def prediction_error(predicted: Sample, clean: Sample, noise: Sample, system: System) -> Sample:
@@ -34,7 +34,7 @@ def prediction_error(predicted: Sample, clean: Sample, noise: Sample, system: Sy
 
     y is rounded as the model's target is, to the widest dtype given, so that a perfect prediction has exactly 0.
     """
-    return map_leaves(lambda p, x, e: _beyond(p, x, e, (system.a, system.b)), predicted, clean, noise)
+    return map_scaled(lambda k, p, x, e: _beyond(p, x, e, k), (system.a, system.b), predicted, clean, noise)
 
 
 def renoise(
@@ -75,7 +75,7 @@ def renoise(
 
 def input_excess(x_t: Sample, clean: Sample, noise: Sample, system: System) -> Sample:
     """Give what the model saw beyond alpha_t clean + sigma_t noise, in float32 or better, (B, *) or nested."""
-    return map_leaves(lambda s, x, e: _beyond(s, x, e, (system.alpha, system.sigma)), x_t, clean, noise)
+    return map_scaled(lambda k, s, x, e: _beyond(s, x, e, k), (system.alpha, system.sigma), x_t, clean, noise)
 
 
 def _beyond(value: Tensor, clean: Tensor, noise: Tensor, scales: Scales) -> Tensor:
@@ -85,8 +85,8 @@ def _beyond(value: Tensor, clean: Tensor, noise: Tensor, scales: Scales) -> Tens
 
 
 def _shift(sample: Sample, direction: Sample, scale: Tensor) -> Sample:
-    def shift(s: Tensor, d: Tensor) -> Tensor:
+    def shift(scales: tuple[Tensor], s: Tensor, d: Tensor) -> Tensor:
         wide = compute_dtype(s, d)
-        return (s.to(wide) + over(scale, d) * d).to(s.dtype)
+        return (s.to(wide) + over(scales[0], d) * d).to(s.dtype)
 
-    return map_leaves(shift, sample, direction)
+    return map_scaled(shift, (scale,), sample, direction)

@@ -5,6 +5,7 @@ Each schedule owns its unit of time: an index for `Discrete`, 0 to 1 for `Linear
 
 The *rank* of a time is its place between 0 and 1 in the order in which the schedule is meant to be sampled: `at(rank)`
 is the time, `rank(t)` the way back. Samplers of t and t' work on ranks, so that they mean the same on every schedule.
+Ranks rise with t; where `noise_first`, rank 0 is the noise.
 """
 
 import math
@@ -83,6 +84,23 @@ class Schedule(ABC):
     def drawn(self) -> tuple[float, float]:
         """The smallest and the largest time that samplers draw."""
         return self.low, self.high
+
+    @property
+    def noise_first(self) -> bool:
+        """Whether the smallest time is the noise and the largest the data (SiT); on most schedules it is not."""
+        alpha, sigma = self(torch.tensor(self.drawn, device="cpu"))
+        return bool(alpha[0] * sigma[1] < alpha[1] * sigma[0])
+
+    def level(self, t: Tensor) -> Tensor:
+        """Give the place of a time between clean (0) and noise (1), whichever end the noise is at, shape (B,).
+
+        It is linear in t: it counts the schedule's own unit, and is sigma only where sigma is (`Linear` with shift 1).
+
+        Raises:
+            ValueError: the schedule's unit has no such end (`EDM`).
+        """
+        place = (precise(t) - self.low) / (self.high - self.low)
+        return 1 - place if self.noise_first else place
 
     @property
     def spacing(self) -> float:
@@ -289,6 +307,9 @@ class Discrete(Schedule):
     def rank(self, t: Tensor) -> Tensor:
         return (precise(t) + 0.5) / len(self.alpha_bar)
 
+    def level(self, t: Tensor) -> Tensor:
+        return precise(t) / len(self.alpha_bar)  # t = T would be the noise, as pipelines divide by T
+
     def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
         first, last = super().ranks(None if low is None else math.ceil(low), None if high is None else math.floor(high))
         half = self.spacing / 2  # an index owns the ranks half a step to either side
@@ -307,38 +328,47 @@ class Discrete(Schedule):
 
 
 class Linear(Schedule):
-    """The straight path of rectified flow: alpha = 1 − s, sigma = s; t = `scale` is noise.
+    """The straight path of rectified flow: alpha = 1 − s, sigma = s; t = `scale` is noise, or t = 0 where reversed.
 
-    s = shift u / (1 + (shift − 1) u) with u = t / scale (Esser et al. 2024, eq. 23). The shift only re-times the path:
-    `flow_prediction` is noise − clean whatever the shift, as every released model has it.
+    s = shift u / (1 + (shift − 1) u) with u = t / scale (Esser et al. 2024, eq. 23), or u = 1 − t / scale where reversed.
+    Shift and direction only re-time the path: `flow_prediction` is noise − clean whatever they are, as released models
+    have it; one that predicts clean − noise (SiT) has "-flow_prediction".
 
     Args:
-        shift: how much later the middle of the path comes; 1 leaves it as it is.
-        scale: the time of pure noise: 1, or 1000 for diffusers' timesteps.
+        shift: how much nearer the noise the middle of the path comes; 1 leaves it as it is.
+        scale: the time of pure noise (of clean data where reversed): 1, or 1000 for diffusers' timesteps.
+        reverse: t = 0 is noise and t = `scale` is data (SiT, flow_matching, Mochi; diffusers' `invert_sigmas`).
     """
 
-    def __init__(self, shift: float = 1.0, *, scale: float = 1.0) -> None:
+    def __init__(self, shift: float = 1.0, *, scale: float = 1.0, reverse: bool = False) -> None:
         for name, value in (("shift", shift), ("scale", scale)):
             if not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"`{name}` is {value!r}, expected a positive number.")
-        self.shift, self.scale = float(shift), float(scale)
+        if not isinstance(reverse, bool):
+            raise TypeError(f"`reverse` is {reverse!r}, expected True (t = 0 is noise) or False.")
+        self.shift, self.scale, self.reverse = float(shift), float(scale), reverse
         self.low, self.high = 0.0, self.scale
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        u = precise(t) / self.scale
-        below = 1 + (self.shift - 1) * u
-        return (1 - u) / below, self.shift * u / below
+        place = precise(t) / self.scale
+        clean, noise = (place, 1 - place) if self.reverse else (1 - place, place)
+        below = 1 + (self.shift - 1) * noise
+        return clean / below, self.shift * noise / below
 
     def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        slope = self.shift / (self.scale * (1 + (self.shift - 1) * precise(t) / self.scale) ** 2)
-        return -slope, slope
+        slope = self.shift / (self.scale * (1 + (self.shift - 1) * self.level(t)) ** 2)
+        return (slope, -slope) if self.reverse else (-slope, slope)
 
     def velocity(self, t: Tensor) -> tuple[Tensor, Tensor]:
         one = torch.ones_like(precise(t))
         return -one, one
 
+    @property
+    def noise_first(self) -> bool:
+        return self.reverse
+
     def __repr__(self) -> str:
-        return f"Linear(shift={self.shift:g}, scale={self.scale:g})"
+        return f"Linear(shift={self.shift:g}, scale={self.scale:g}{', reverse=True' if self.reverse else ''})"
 
 
 class Cosine(Schedule):
@@ -406,6 +436,9 @@ class EDM(Schedule):
     def ranks(self, low: float | None = None, high: float | None = None) -> tuple[float, float]:
         first, last = super().ranks(low, high)  # what is drawn beyond the ends is clamped to them
         return 0.0 if low in (None, self.sigma_min) else first, 1.0 if high in (None, self.sigma_max) else last
+
+    def level(self, t: Tensor) -> Tensor:
+        raise ValueError("the time of an EDM schedule is sigma, which has no level between 0 (clean) and 1 (noise).")
 
     def grid(self) -> Tensor:
         return torch.logspace(math.log10(self.sigma_min), math.log10(self.sigma_max), 1001, dtype=torch.float64)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perceptual_diffusion._shapes import map_tensors
 from perceptual_diffusion.types import FeatureSelect
 
 
@@ -66,6 +67,12 @@ def select(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return (same or tensors)[0]
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, tuple | list) else []
+
+
 def run(
     model: nn.Module,
     layers: Sequence[str],
@@ -73,23 +80,23 @@ def run(
     *,
     select: FeatureSelect = select,
     stop: bool = True,
-) -> list[Tensor]:
+) -> list[Any]:
     """Run `call`, which runs `model`, and return the outputs of the named layers.
 
     Args:
         model: the module that holds the layers.
         layers: dotted names, at least one.
         call: runs the model; what it returns is ignored.
-        select: takes a tensor out of a layer's output.
+        select: takes what is wanted out of a layer's output.
         stop: leave the pass as soon as every layer has been seen.
 
     Returns:
-        one tensor per name, in the order of `layers`; of a layer that runs several times, the first.
+        what `select` took, one per name, in the order of `layers`; of a layer that runs several times, the first.
 
     Raises:
         ValueError: a layer does not exist, did not run, or gives no floating tensor.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Any] = {}
     grad = torch.is_grad_enabled()
     signal = _Stop()
 
@@ -102,8 +109,8 @@ def run(
                 raise signal
             # What runs next may write into the feature, so it is copied; but not inside a reentrant checkpoint, which
             # runs without grad and gives its output a graph afterwards.
-            if isinstance(seen[name], Tensor) and torch.is_grad_enabled() == grad:
-                seen[name] = seen[name].clone()
+            if torch.is_grad_enabled() == grad:
+                seen[name] = map_tensors(Tensor.clone, seen[name])
 
         return hook
 
@@ -124,6 +131,6 @@ def run(
             f"the layer {missing[0]!r} of {type(model).__name__} did not run in this pass. Tap one that does."
         )
     for name in layers:
-        if not isinstance(seen[name], Tensor) or not seen[name].is_floating_point():
+        if not any(tensor.is_floating_point() for tensor in _tensors(seen[name])):
             raise ValueError(f"the layer {name!r} gives no floating tensor. Tap another one.")
     return [seen[name] for name in layers]

@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from perceptual_diffusion import taps
-from perceptual_diffusion._shapes import leaves, map_tensors
-from perceptual_diffusion.types import Cond, FeatureSelect, ModelCall, Sample
+from perceptual_diffusion._shapes import batch_size, leaves, map_tensors
+from perceptual_diffusion.features import FEATURES, Captured, Features, Part, capture, locate
+from perceptual_diffusion.types import Cond, Feature, FeatureSelect, ModelCall, Sample
+
+PLACES = ("mask", "ind", "lens", "tags", "segment")
+"""Words in the names of conditions that say where the tokens of a sequence are."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -61,8 +66,13 @@ class ModuleTeacher:
         module: the perceptual network.
         layers: dotted names of the layers to compare.
         call: runs the module at a time in the schedule's unit.
-        select: takes a tensor out of a layer's output.
+        select: takes one tensor, batch first, out of a layer's output; by default the noisy sample's part is found.
+        features: "noisy" for the noisy sample's tokens and streams, "all" for whatever depends on the noisy sample.
+        prepare: mends in place what `eval()` breaks.
         stop: leave each pass after the last layer.
+
+    Raises:
+        ValueError: a layer does not exist, or `features` is unknown.
     """
 
     def __init__(
@@ -71,15 +81,23 @@ class ModuleTeacher:
         *,
         layers: Sequence[str],
         call: ModelCall,
-        select: FeatureSelect = taps.select,
+        select: FeatureSelect | None = None,
+        features: Features = "noisy",
+        prepare: Callable[[nn.Module], None] | None = None,
         stop: bool = True,
     ) -> None:
         for name in layers:
             taps.layer(module, name)
+        if features not in FEATURES:
+            raise ValueError(f"unknown features {features!r}, expected 'noisy' or 'all'.")
         self.module = module.eval().requires_grad_(False)
         self.layers, self.call, self.select, self.stop = tuple(layers), call, select, stop
+        self.features = features
+        if prepare is not None:
+            prepare(self.module)
+        self._parts: dict[Any, list[tuple[Part, ...]]] = {}
 
-    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Tensor]:
+    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
         """Give the features of the noisy sample.
 
         Args:
@@ -88,7 +106,9 @@ class ModuleTeacher:
             cond: the model's keyword arguments; taken without their gradient.
 
         Returns:
-            one tensor per layer, in the order of `layers`.
+            features in the order of `layers`, more than one for a layer in which several streams are the noisy sample's:
+            tokens (B, N, C), maps (B, C, *), or (B k, ...) with k frames; a list of B tensors (1, N, C) where samples differ
+            in their number of tokens.
 
         Raises:
             ValueError: a layer did not run, or the gradient to the sample was lost.
@@ -101,17 +121,63 @@ class ModuleTeacher:
                     f"Call `objective.to({str(leaf.device)!r})`."
                 )
         x_t, cond = self._cast(x_t), self._cast(map_tensors(Tensor.detach, dict(cond)))
-        features = taps.run(
-            self.module, self.layers, lambda: self.call(self.module, x_t, t, cond), select=self.select, stop=self.stop
-        )
+
+        def run(sample: Sample, select: FeatureSelect) -> list[Any]:
+            return taps.run(
+                self.module, self.layers, lambda: self.call(self.module, sample, t, cond), select=select, stop=self.stop
+            )
+
+        if self.select is not None:
+            features = [[feature] for feature in run(x_t, self.select)]
+        else:
+            parts = self._located(partial(self._watched, run), x_t, cond)
+            given = zip(run(x_t, capture), parts, strict=True)
+            features = [[part.take(layer, batch_size(x_t)) for part in found] for layer, found in given]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t)):
-            for name, feature in zip(self.layers, features, strict=True):
-                if not feature.requires_grad:
+            for name, of_layer in zip(self.layers, features, strict=True):
+                if not all(leaf.requires_grad for feature in of_layer for leaf in leaves(feature)):
                     raise ValueError(
                         f"the teacher's layer {name!r} gives no gradient to the sample: it does not depend on it, or the model "
                         "runs under no_grad or reentrant checkpointing. Tap another layer, or use non-reentrant checkpointing."
                     )
-        return features
+        return [feature for of_layer in features for feature in of_layer]
+
+    def _watched(
+        self, run: Callable[[Sample, FeatureSelect], list[Captured]], sample: Sample, select: FeatureSelect
+    ) -> list[Captured]:
+        """What the layers gave, with what entered the first block of each one's list."""
+        entered: dict[str, tuple[Tensor, ...]] = {}
+
+        def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            held = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            entered.setdefault(name, tuple(value.detach().clone() for value in held if value.is_floating_point()))
+
+        handles = []
+        for name in self.layers:
+            parent, _, place = name.rpartition(".")
+            first = taps.layer(self.module, f"{parent}.0") if parent and place.isdecimal() else None
+            if first is not None:
+                handles.append(first.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+        try:
+            layers = run(sample, select)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [layer._replace(entered=entered.get(name, ())) for name, layer in zip(self.layers, layers, strict=True)]
+
+    def _located(
+        self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond
+    ) -> list[tuple[Part, ...]]:
+        """The noisy sample's part of each layer, found again when the layout of the inputs changes."""
+        shapes = repr((_layout(x_t), _layout(cond)))
+        if shapes not in self._parts:
+            self._parts[shapes] = locate(run, x_t, self.layers, self.features)
+        if all(part.tokens is None for found in self._parts[shapes] for part in found):
+            return self._parts[shapes]
+        key = shapes, _places(cond)  # where tokens are picked, masks and indices may move them
+        if key not in self._parts:
+            self._parts[key] = locate(run, x_t, self.layers, self.features)
+        return self._parts[key]
 
     def _cast(self, value: Any) -> Any:
         """Give floating tensors the dtype of the weights, unless autocast sees to it."""
@@ -131,6 +197,23 @@ class ModuleTeacher:
         return sum(p.numel() for p in self.module.parameters())
 
 
+def _layout(value: Any) -> Any:
+    """Shapes of tensors and values of numbers: what decides where the tokens of a sequence lie."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return {key: _layout(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_layout(item) for item in value]
+    return value if isinstance(value, bool | int | str | None) else type(value).__name__
+
+
+def _places(cond: Cond) -> tuple[bytes, ...]:
+    """The contents of masks and indices."""
+    held = (value for key, value in cond.items() if isinstance(value, Tensor) and any(word in key for word in PLACES))
+    return tuple(value.detach().cpu().float().numpy().tobytes() for value in held)
+
+
 class CopyTeacher(ModuleTeacher):
     """A frozen copy of the model as it is now; after its first pass it holds only what that pass ran.
 
@@ -138,7 +221,9 @@ class CopyTeacher(ModuleTeacher):
         model: the MSE-trained model, also inside DDP or torch.compile.
         layers: dotted names of the layers to compare.
         call: runs the model at a time in the schedule's unit.
-        select: takes a tensor out of a layer's output.
+        select: as in `ModuleTeacher`.
+        features: likewise.
+        prepare: likewise.
         truncate: drop what the first pass does not run.
 
     Raises:
@@ -151,13 +236,17 @@ class CopyTeacher(ModuleTeacher):
         *,
         layers: Sequence[str],
         call: ModelCall,
-        select: FeatureSelect = taps.select,
+        select: FeatureSelect | None = None,
+        features: Features = "noisy",
+        prepare: Callable[[nn.Module], None] | None = None,
         truncate: bool = True,
     ) -> None:
-        super().__init__(frozen_copy(model), layers=layers, call=call, select=select)
+        super().__init__(
+            frozen_copy(model), layers=layers, call=call, select=select, features=features, prepare=prepare
+        )
         self._truncate = truncate
 
-    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Tensor]:
+    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
         if not self._truncate:
             return super().__call__(x_t, t, cond)
         ran: set[nn.Module] = {self.module}

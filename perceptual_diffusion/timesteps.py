@@ -33,6 +33,8 @@ def _noise(function: Any, like: Tensor, generator: torch.Generator | None) -> Te
 class Uniform:
     """Uniform over the schedule, or over [low, high] of it.
 
+    What it draws is a place between clean (0) and noise (1), whichever end of the schedule the noise is at.
+
     Attributes:
         low: the smallest time drawn; None: the schedule's.
         high: the largest time drawn; None: the schedule's.
@@ -53,20 +55,22 @@ class Uniform:
     ) -> Tensor:
         return self._place(schedule, like, _noise(torch.rand, like, generator))
 
-    def _place(self, schedule: Schedule, like: Tensor, rank: Tensor) -> Tensor:
+    def _place(self, schedule: Schedule, like: Tensor, level: Tensor) -> Tensor:
+        """Give the times at levels in [0, 1], 1 toward the noise, shape (B,)."""
         shift = self.shift(like) if callable(self.shift) else self.shift
         _positive("shift", shift)
-        rank = shift * rank / (1 + (shift - 1) * rank)
+        level = shift * level / (1 + (shift - 1) * level)
+        rank = 1 - level if schedule.noise_first else level
         first, last = schedule.ranks(self.low, self.high)
         return _time(schedule, first + rank * (last - first))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal(Uniform):
-    """Logit-normal over the schedule: rank = sigmoid(N(mean, std²)) (Esser et al. 2024, eq. 19).
+    """Logit-normal over the schedule: level = sigmoid(N(mean, std²)) (Esser et al. 2024, eq. 19).
 
     Attributes:
-        mean: mean of the normal.
+        mean: mean of the normal; above 0 it favours the noise.
         std: its standard deviation.
     """
 

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 Sample: TypeAlias = Union[Tensor, tuple["Sample", ...], list["Sample"], dict[str, "Sample"]]  # noqa: UP007
-"""What a model denoises: a tensor of shape (B, *), or tuples, lists and dicts of such tensors."""
+"""What a model denoises: a tensor (B, *), a tuple or dict of such tensors denoised together, or a list of B tensors, one
+per sample, for models that take samples of different sizes."""
 
 Cond: TypeAlias = Mapping[str, Any]
 """The model's own keyword arguments that carry its condition."""
 
 TimeFunction: TypeAlias = Callable[[Tensor], Tensor]
 """A function of time, shape (B,), to a scale, shape (B,)."""
+
+Feature: TypeAlias = Tensor | list[Tensor]
+"""A feature of a batch: (B, *), or (B k, *) with k frames; or B features (1, *) of different sizes."""
 
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A distance between two features of shape (B, *), to one value per sample, shape (B,)."""
@@ -33,9 +37,9 @@ class ModelCall(Protocol):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """The perceptual network f*: features of a noisy sample, one tensor of shape (B, *) for each layer."""
+    """The perceptual network f*: features of a noisy sample, in the order of the layers."""
 
-    def __call__(self, x_t: Any, t: Tensor, cond: Cond, /) -> list[Tensor]: ...
+    def __call__(self, x_t: Any, t: Tensor, cond: Cond, /) -> list[Feature]: ...
 
 
 class TimeSampler(Protocol):

@@ -43,12 +43,12 @@ NO_MIDDLE = {
     "mid_block_type": None,
 }
 FOUND = {
-    "unet": (unet, {}, "UNet2D", ("mid_block",)),
-    "conditional unet": (conditional_unet, {}, "UNet2DCondition", ("mid_block",)),
-    "unet without a middle": (unet, NO_MIDDLE, "UNet2D", ("down_blocks.1",)),
-    "conditional unet without a middle": (conditional_unet, NO_MIDDLE, "UNet2DCondition", ("down_blocks.1",)),
-    "dit of 3": (dit, {}, "DiT", ("transformer_blocks.1",)),
-    "dit of 4": (dit, {"num_layers": 4}, "DiT", ("transformer_blocks.2",)),
+    "unet": (unet, {}, "UNet2DModel", ("mid_block",)),
+    "conditional unet": (conditional_unet, {}, "UNet2DConditionModel", ("mid_block",)),
+    "unet without a middle": (unet, NO_MIDDLE, "UNet2DModel", ("down_blocks.1",)),
+    "conditional unet without a middle": (conditional_unet, NO_MIDDLE, "UNet2DConditionModel", ("down_blocks.1",)),
+    "dit of 3": (dit, {}, "DiTTransformer2DModel", ("transformer_blocks.1",)),
+    "dit of 4": (dit, {"num_layers": 4}, "DiTTransformer2DModel", ("transformer_blocks.2",)),
 }
 
 
@@ -59,14 +59,14 @@ def test_find_knows_the_middle_of_a_family(make, config, family, layers):
 
 
 def test_find_looks_into_a_compiled_model():
-    assert find(torch.compile(unet(), backend="eager")).family == "UNet2D"
+    assert find(torch.compile(unet(), backend="eager")).family == "UNet2DModel"
 
 
 def test_find_knows_a_subclass_of_a_known_class():
     class MyUNet(UNet2DModel):
         pass
 
-    assert find(MyUNet(**unet().config)).family == "UNet2D"
+    assert find(MyUNet(**unet().config)).family == "UNet2DModel"
 
 
 @pytest.mark.parametrize("model", [None, "unet", unet, {"unet": 1}])
@@ -77,9 +77,10 @@ def test_find_refuses_what_is_no_module(model):
 
 def test_an_unknown_class_says_what_to_pass():
     with pytest.raises(
-        ValueError, match=r"no adapter for MLP. Pass `layers=.*first, middle, last.*`call=`.*adapters.register"
+        ValueError,
+        match=r"middle of ConvNet cannot be told.*candidates: stem, norm, dropout, body, head.*adapters.register",
     ):
-        find(MLP())
+        find(ConvNet())
 
 
 # --- end to end -------------------------------------------------------------------------------------------------------
@@ -232,10 +233,17 @@ def test_an_explicit_prediction_wins_over_the_schedulers():
     assert objective.prediction.name == "v_prediction"
 
 
-@pytest.mark.parametrize("schedule", [None, "ddpm", DDPMScheduler, nn.Identity(), unet(), {"alphas_cumprod": 1}])
+@pytest.mark.parametrize("schedule", ["ddpm", DDPMScheduler, nn.Identity(), unet(), {"alphas_cumprod": 1}])
 def test_wrap_refuses_what_is_no_scheduler(schedule):
     with pytest.raises(TypeError, match=r"`schedule` is an? .*expected a diffusers scheduler or a schedule of"):
         SelfPerceptualObjective.wrap(unet(), schedule, prediction="epsilon")
+
+
+def test_wrap_refuses_a_model_without_a_schedule():
+    with pytest.raises(
+        ValueError, match=r"`schedule` is missing. Pass a diffusers scheduler, such as `pipeline.scheduler`"
+    ):
+        SelfPerceptualObjective.wrap(unet(), prediction="epsilon")
 
 
 # --- the plug point ---------------------------------------------------------------------------------------------------
@@ -263,7 +271,7 @@ class Child(Mine):
 @pytest.mark.parametrize("key", [Mine, "test_adapters.Mine", "test_adapters.some.module.Mine"])
 @pytest.mark.parametrize("cls", [Mine, Child])
 def test_a_registered_class_and_its_subclasses_are_found(cls, key):
-    with pytest.raises(ValueError, match=f"no adapter for {cls.__name__}"):
+    with pytest.raises(ValueError, match=f"the middle of {cls.__name__} cannot be told"):
         find(cls())
     register(key, mine)
     student = cls()
@@ -283,7 +291,7 @@ def test_a_subclass_may_have_its_own_entry():
 @pytest.mark.usefixtures("registry")
 def test_a_class_of_the_same_name_in_another_package_is_not_found():
     register("elsewhere.Mine", mine)
-    with pytest.raises(ValueError, match="no adapter for Mine"):
+    with pytest.raises(ValueError, match="the middle of Mine cannot be told"):
         find(Mine())
 
 
@@ -348,4 +356,4 @@ def test_an_entry_point_of_another_package_is_read_when_an_adapter_is_first_look
 
 
 def test_the_public_names_are_there():
-    assert set(adapters.__all__) == {"Adapter", "Process", "find", "read", "register"}
+    assert set(adapters.__all__) == {"Adapter", "Concat", "Process", "find", "read", "register"}

@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "weights": BASE | {"schedules", "parameterizations"},
     "distances": BASE,
     "renoising": BASE | {"schedules", "parameterizations"},
-    "objective": BASE | {"schedules", "parameterizations", "timesteps", "renoising", "distances", "weights"},
+    "objective": BASE
+    | {"schedules", "parameterizations", "timesteps", "renoising", "distances", "weights", "features"},
     "taps": BASE,
-    "teachers": BASE | {"taps"},
+    "features": BASE,
+    "teachers": BASE | {"taps", "features"},
 }
 """The rings of the core, from the inside out; adapters come after them, the command line after the adapters."""
 

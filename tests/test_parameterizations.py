@@ -1,7 +1,9 @@
 """Parameterizations: recover, convert, the rows of every prediction, and the pairs that are singular."""
 
+import copy
 import itertools
 import math
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -336,7 +338,10 @@ def test_a_negated_prediction_has_the_opposite_target(schedule, prediction):
     _, _, t = batch(schedule, (4,))
     for negated, plain in zip((-prediction).row(schedule, t), prediction.row(schedule, t), strict=True):
         assert torch.equal(negated, -plain)
-    assert (-prediction).name == f"-{prediction.name}"
+    assert (-prediction).name.removeprefix("-") == prediction.name.removeprefix("-")
+    assert (-prediction).name.startswith("-") is not prediction.name.startswith("-")
+    negative = -prediction
+    assert -negative == prediction
 
 
 @pairs
@@ -454,6 +459,38 @@ def test_an_unknown_name_lists_the_known_ones():
     for name in ("epsilon", "sample", "v_prediction", "flow_prediction"):
         assert repr(name) in str(error.value)
         assert get(name).name == name
+
+
+@pytest.mark.parametrize("name", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+def test_a_leading_minus_names_the_negative(name):
+    assert get(f"-{name}") == -get(name)
+    assert get(f"-{name}").name == f"-{name}"
+
+
+@pytest.mark.parametrize("name", ["--epsilon", "-", "-velocity", "- epsilon", "epsilon-"])
+def test_a_minus_makes_no_name_of_what_is_none(name):
+    with pytest.raises(ValueError, match=rf"unknown prediction '{name}', expected .*leading '-'"):
+        get(name)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_reversed_path_predicts_noise_minus_clean_and_sit_its_negative(shift):
+    """The direction of time turns no sign: SiT's data − noise is '-flow_prediction' on Linear(reverse=True)."""
+    schedule = Linear(shift, scale=1000, reverse=True)
+    t = torch.tensor([0.0, 300.0, 1000.0], dtype=torch.float64)
+    clean, noise = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    for name, y in (("flow_prediction", noise - clean), ("-flow_prediction", clean - noise)):
+        system = System.of(schedule, get(name), t)
+        assert torch.equal(mix(clean, noise, system.a, system.b), y)
+        clean_hat, noise_hat = recover(mix(clean, noise, system.alpha, system.sigma), y, system)
+        torch.testing.assert_close(clean_hat, clean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(noise_hat, noise, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction", [-get("flow_prediction"), edm(0.7), -edm(0.7), SCORE])
+def test_a_prediction_can_be_pickled_and_is_equal_to_its_twin(prediction):
+    assert pickle.loads(pickle.dumps(prediction)) == copy.deepcopy(prediction) == prediction
+    assert edm(0.7) != edm(0.5)
 
 
 def test_get_passes_a_prediction_through_and_refuses_anything_else():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear
+from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear, Schedule, precise
 
 SCHEDULES = {
     "scaled_linear": Discrete.scaled_linear(),
@@ -25,8 +25,10 @@ SCHEDULES = {
     "interpolant": Interpolant(lambda t: 1 - t, lambda t: t),
     "interpolant_curved": Interpolant(lambda t: torch.ones_like(t), lambda t: t**2 + t, low=0.5, high=3.0),
     "sit": Interpolant(lambda t: t, lambda t: 1 - t),
+    "reversed": Linear(reverse=True),
+    "reversed_shift_3_scale_1000": Linear(3.0, scale=1000, reverse=True),
 }
-DATA_AT_THE_END = {"sit"}
+DATA_AT_THE_END = {"sit", "reversed", "reversed_shift_3_scale_1000"}
 CONTINUOUS = [name for name, schedule in SCHEDULES.items() if not schedule.discrete]
 DISCRETE = [name for name, schedule in SCHEDULES.items() if schedule.discrete]
 RELATIVE = 1e-9
@@ -81,6 +83,8 @@ def test_snr_falls_toward_the_noise(name):
         ("interpolant", (1, 0), (0, 1)),
         ("interpolant_curved", (1, 0.75), (1, 12)),
         ("sit", (0, 1), (1, 0)),
+        ("reversed", (0, 1), (1, 0)),
+        ("reversed_shift_3_scale_1000", (0, 1), (1, 0)),
         ("scaled_linear", (math.sqrt(1 - 0.00085), math.sqrt(0.00085)), None),
         ("linear", (math.sqrt(1 - 1e-4), math.sqrt(1e-4)), None),
         ("zero_terminal_snr", None, (0, 1)),
@@ -237,6 +241,91 @@ def test_the_velocity_of_the_straight_path_is_noise_minus_clean_whatever_the_shi
         a, b = Linear(shift, scale=scale).velocity(torch.tensor([0.0, 0.3, 1.0]) * scale)
         assert (a == -1).all()
         assert (b == 1).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_the_velocity_of_the_reversed_path_is_noise_minus_clean_too(shift):
+    a, b = Linear(shift, scale=1000, reverse=True).velocity(torch.tensor([0.0, 300.0, 1000.0]))
+    assert (a == -1).all()
+    assert (b == 1).all()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@given(t=st.floats(0, 1))
+def test_a_reversed_path_is_the_path_backward(shift, t):
+    forward, backward = Linear(shift, scale=1000), Linear(shift, scale=1000, reverse=True)
+    t = torch.tensor([1000 * t], dtype=torch.float64)
+    for ours, theirs in zip(backward(t), forward(1000 - t), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(backward.derivative(t), forward.derivative(1000 - t), strict=True):
+        torch.testing.assert_close(ours, -theirs, rtol=1e-12, atol=0)
+
+
+def test_the_repr_of_a_reversed_path_builds_it_again():
+    for schedule in (Linear(3.0, scale=1000), Linear(3.0, scale=1000, reverse=True)):
+        twin = eval(repr(schedule), {"Linear": Linear})
+        assert vars(twin) == vars(schedule)
+
+
+# Which end is the noise, and how far a time is from it
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_noise_first_says_at_which_end_the_noise_is(name):
+    assert SCHEDULES[name].noise_first is (name in DATA_AT_THE_END)
+
+
+def test_a_single_timestep_has_its_noise_last():
+    assert Discrete(torch.tensor([0.5])).noise_first is False
+
+
+def test_noise_first_of_a_schedule_of_the_users_own_is_found_from_its_scales():
+    class Own(Schedule):
+        low, high = -3.0, 3.0
+
+        def __call__(self, t):
+            return torch.sigmoid(precise(t)).sqrt(), torch.sigmoid(-precise(t)).sqrt()
+
+        def derivative(self, t):
+            raise NotImplementedError
+
+    assert Own().noise_first is True  # t is the log-SNR
+    assert Own().level(torch.tensor([-3.0, 0.0, 3.0])).tolist() == [1, 0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "t", "level"),
+    [
+        ("flow", [0, 0.25, 1], [0, 0.25, 1]),
+        ("flow_scale_1000", [0, 250, 1000], [0, 0.25, 1]),
+        ("flow_shift_3_scale_1000", [0, 250, 1000], [0, 0.25, 1]),
+        ("reversed", [0, 0.25, 1], [1, 0.75, 0]),
+        ("reversed_shift_3_scale_1000", [0, 250, 1000], [1, 0.75, 0]),
+        ("cosine", [0, 0.25, 1], [0, 0.25, 1]),
+        ("sit", [0, 0.25, 1], [1, 0.75, 0]),
+        ("interpolant_curved", [0.5, 3.0], [0, 1]),
+        ("linear", [0, 250, 999], [0, 0.25, 0.999]),  # pipelines divide by T
+    ],
+)
+def test_the_level_of_a_time_is_its_place_between_clean_and_noise(name, t, level):
+    given = SCHEDULES[name].level(torch.tensor(t))
+    assert given.dtype == torch.float64
+    torch.testing.assert_close(given, torch.tensor(level, dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+@every
+def test_the_level_rises_with_the_noise(schedule):
+    if isinstance(schedule, EDM):
+        return
+    t = torch.arange(1000) if schedule.discrete else times(schedule)
+    alpha, sigma = schedule(t)
+    order = schedule.level(t).argsort()
+    assert (torch.atan2(sigma, alpha)[order].diff() > 0).all()
+
+
+def test_a_sigma_has_no_level():
+    with pytest.raises(ValueError, match=r"time of an EDM schedule is sigma, which has no level"):
+        EDM().level(torch.tensor([1.0]))
 
 
 def test_the_shift_is_that_of_esser_et_al():
@@ -404,6 +493,12 @@ def test_discrete_refuses_a_bad_table(table, words):
 def test_linear_refuses_a_bad_number(name, value):
     with pytest.raises(ValueError, match=f"`{name}` is .*expected a positive number"):
         Linear(**{name: value})
+
+
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_linear_refuses_a_direction_that_is_not_true_or_false(value):
+    with pytest.raises(TypeError, match=r"`reverse` is .*expected True \(t = 0 is noise\) or False"):
+        Linear(reverse=value)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceptual_diffusion import timesteps
-from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Linear
+from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear
 from perceptual_diffusion.timesteps import LogitNormal, Near, Shifted, Uniform
 
 TABLE = Discrete.scaled_linear()
@@ -125,6 +125,32 @@ def test_a_shift_above_1_favours_the_noise():
     assert float(shifted.mean()) > 0.6
     assert float(draw(Uniform(shift=1 / 3), Linear()).mean()) < 0.4
     assert float(draw(LogitNormal(shift=3.0), Linear()).mean()) > 0.6
+
+
+REVERSED = {
+    "reversed": Linear(reverse=True),
+    "reversed_scale_1000": Linear(scale=1000, reverse=True),
+    "sit": Interpolant(lambda t: t, lambda t: 1 - t),
+}
+
+
+@pytest.mark.parametrize("schedule", REVERSED.values(), ids=REVERSED)
+@pytest.mark.parametrize(
+    "sampler", [Uniform(), Uniform(shift=3.0), LogitNormal(mean=1.0), LogitNormal(mean=-1.0, shift=3.0)], ids=repr
+)
+def test_a_reversed_schedule_draws_as_much_noise_as_a_forward_one(sampler, schedule):
+    """Shift and mean move times toward the noise, at whichever end it is."""
+    forward, reverse = draw(sampler, Linear()), draw(sampler, schedule)
+    torch.testing.assert_close(schedule.level(reverse), forward.double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", REVERSED.values(), ids=REVERSED)
+def test_the_shift_of_a_reversed_schedule_stays_within_low_and_high(schedule):
+    low, high = 0.1 * schedule.high, 0.2 * schedule.high
+    t = draw(Uniform(low=low, high=high, shift=3.0), schedule)
+    assert float(t.min()) == pytest.approx(low, rel=1e-3)
+    assert float(t.max()) == pytest.approx(high, rel=1e-3)
+    assert float(t.mean()) < 0.14 * schedule.high  # near low, where more noise is
 
 
 def test_the_shift_stays_within_low_and_high():

@@ -14,6 +14,10 @@ from perceptual_diffusion.types import FeatureSelect, ModelCall, ModelOutput
 GROUP = "perceptual_diffusion.adapters"
 
 
+TIMES = ("schedule", "timestep", "unit", "reversed timestep", "reversed unit")
+"""Units of a model's time: the schedule's own; 0 clean to 1000 noise (the index of a table); 0 to 1; 1000 to 0; 1 to 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """What the objective must know of a model family.
@@ -21,19 +25,33 @@ class Adapter:
     Attributes:
         family: what reports call it.
         layers: dotted names of the model's middle.
-        call: `(model, x_t, t, cond) -> output`.
+        call: `(model, x_t, t, cond) -> output`, t in the model's unit of time, shape (B,).
         output: `(output, x_t) -> prediction`.
-        select: takes the noisy sample's stream out of a layer's output.
-        time_scale: the time that the model is given for pure noise, where 0 is clean: a continuous schedule's time is
-            scaled to it. None: the model takes the schedule's own time.
+        select: takes one tensor, batch first, out of a layer's output; None: the noisy sample's part is found.
+        prepare: mends in place what `eval()` breaks in a teacher of the family.
+        truncate: whether a copy may drop what its first pass does not run.
+        time: the unit of the model's time, one of `TIMES`.
+        prediction: what released models of the family predict on a flow-matching scheduler or where no scheduler says it;
+            several where they differ; None: only the scheduler says it.
+        why: how the middle was found.
+        sure: whether it is known, or found by a clear rule, rather than a guess.
     """
 
     family: str
     layers: tuple[str, ...]
     call: ModelCall = call_model
     output: ModelOutput = take_prediction
-    select: FeatureSelect = taps.select
-    time_scale: float | None = None
+    select: FeatureSelect | None = None
+    prepare: Callable[[nn.Module], None] | None = None
+    truncate: bool = True
+    time: str = "schedule"
+    prediction: str | tuple[str, ...] | None = None
+    why: str = "declared"
+    sure: bool = True
+
+    def __post_init__(self) -> None:
+        if self.time not in TIMES:
+            raise ValueError(f"`time` is {self.time!r}, expected one of {', '.join(map(repr, TIMES))}.")
 
 
 Factory = Callable[[Any], Adapter]
@@ -62,31 +80,29 @@ def register(cls: str | type, factory: Factory) -> None:
 
 
 def find(model: Any) -> Adapter:
-    """Give the adapter of a model, also inside DDP or torch.compile.
+    """Give the adapter of a model, also inside DDP, FSDP, PEFT or torch.compile.
 
     Args:
-        model: an instance of a known class or of a subclass of one.
+        model: a model of a known class, or any other whose middle the general rule finds.
 
     Returns:
-        the adapter; its `layers` name the model's middle.
+        the adapter; its `layers` name the model's middle, `why` and `sure` say how they were found.
 
     Raises:
         TypeError: it is no `torch.nn.Module`.
-        ValueError: its class is unknown; the message names what to pass by hand.
+        ValueError: its class cannot be used, or is unknown and has no clear middle; the message says what to pass.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` is {_article(type(model).__name__)}, expected a torch.nn.Module. Pass `pipeline.unet` or `pipeline.transformer`."
         )
-    model = taps.unwrap(model)
     adapter = known(model)
-    if adapter is None:
-        names = ", ".join(n for n, _ in model.named_children()) or "none"
-        raise ValueError(
-            f"no adapter for {type(model).__name__}. Pass `layers=[...]`, the dotted name of its middle (at its top level: {names}), "
-            "and `call=` if it is not called as `model(x_t, t, **cond)`; or use `adapters.register`."
-        )
-    return adapter
+    if adapter is not None:
+        return adapter
+    from perceptual_diffusion.adapters import general
+
+    found = general.middle(model)
+    return Adapter(family="general", layers=found.layers, why=found.why, sure=found.confidence == "high")
 
 
 def known(model: nn.Module) -> Adapter | None:
@@ -103,6 +119,12 @@ def known(model: nn.Module) -> Adapter | None:
                 )
             return adapter
     return None
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the class of a model, or one that it derives from, is registered."""
+    _load_entry_points()
+    return any(_key(cls) in _factories for cls in type(taps.unwrap(model)).__mro__)
 
 
 def _key(cls: type) -> str:

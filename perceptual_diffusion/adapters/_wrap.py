@@ -1,16 +1,23 @@
 """Put an objective together: adapter of the model, process of the scheduler, teacher."""
 
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from perceptual_diffusion import objective, taps
-from perceptual_diffusion.adapters._registry import Adapter, find, known
+from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
+from perceptual_diffusion.features import Features
 from perceptual_diffusion.schedules import EDM, Schedule
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher, same_storage
 from perceptual_diffusion.types import Cond, ModelCall
+
+logger = logging.getLogger("perceptual_diffusion")
+
+FLOWS = ("flow_prediction", "-flow_prediction")
 
 
 def assemble(
@@ -23,32 +30,74 @@ def assemble(
     output: Any,
     teacher: Any,
     t: Any,
+    features: Any,
     truncate: bool,
 ) -> dict[str, Any]:
     """Turn the arguments of `SelfPerceptualObjective.wrap` into those of its constructor."""
+    model, schedule = _from_pipeline(model, schedule)
     if not isinstance(model, nn.Module):
         find(model)  # raises, saying what to pass
     process = Process(schedule=schedule, prediction=None) if isinstance(schedule, Schedule) else read(schedule)
-    if prediction is None:
-        prediction = process.prediction
-    if prediction is None:
-        raise ValueError(
-            "`prediction` is missing, and the schedule does not say it. Pass `prediction='v_prediction'` or what the model predicts."
-        )
     names = _names(layers)
     adapter = known(model)
     if adapter is None:  # with layers given by hand, it is called as `model(x_t, t, **cond)`, or by `call`
         adapter = Adapter(family="explicit", layers=names) if names else find(model)
+    if not names:
+        log = logger.info if adapter.sure else logger.warning
+        log("%s: comparing the features of %s (%s)", type(model).__name__, ", ".join(adapter.layers), adapter.why)
     student_call = call or _family_call(adapter, process)
     names = names or adapter.layers
     return {
         "schedule": process.schedule,
-        "prediction": prediction,
+        "prediction": _prediction(adapter, process) if prediction is None else prediction,
         "call": student_call,
         "output": output or adapter.output,
         "t": process.t if t is None else t,
-        "teacher": _teacher(model, teacher, names, student_call, adapter, truncate),
+        "teacher": _teacher(model, teacher, names, student_call, adapter, features, truncate),
     }
+
+
+def denoiser(pipeline: Any) -> nn.Module:
+    """Give the one denoiser among the components of a diffusers pipeline.
+
+    Raises:
+        ValueError: there is none, or more than one; the message names them.
+    """
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    found = [name for name, part in models.items() if part is not None and is_known(part)]
+    if len(found) == 1:
+        return models[found[0]]
+    what = "no known denoiser" if not found else f"{len(found)} denoisers: {', '.join(found)}"
+    names = found or list(models)
+    raise ValueError(
+        f"{type(pipeline).__name__} has {what}. Pass one of {', '.join(f'`pipeline.{name}`' for name in names) or 'its models'} and `pipeline.scheduler`."
+    )
+
+
+def _from_pipeline(model: Any, schedule: Any) -> tuple[Any, Any]:
+    """The denoiser and the scheduler, where a pipeline is given."""
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping):
+        return denoiser(model), model.components.get("scheduler") if schedule is None else schedule
+    if schedule is None:
+        raise ValueError(
+            "`schedule` is missing. Pass a diffusers scheduler, such as `pipeline.scheduler`, or one of perceptual_diffusion.schedules."
+        )
+    return model, schedule
+
+
+def _prediction(adapter: Adapter, process: Process) -> Any:
+    """What the model predicts: the scheduler says it, or on a flow the family, which knows the sign."""
+    says = process.prediction
+    if adapter.prediction is None or not (says is None or says in FLOWS):
+        if says is None:
+            raise ValueError(
+                "`prediction` is missing, and the schedule does not say it. Pass `prediction='v_prediction'` or what the model predicts."
+            )
+        return says
+    if isinstance(adapter.prediction, tuple):
+        kinds = " or ".join(f"`prediction={kind!r}`" for kind in adapter.prediction)
+        raise ValueError(f"released models of the family {adapter.family} differ in what they predict. Pass {kinds}.")
+    return adapter.prediction
 
 
 def _names(layers: Any) -> tuple[str, ...]:
@@ -63,37 +112,67 @@ def _names(layers: Any) -> tuple[str, ...]:
 def _family_call(adapter: Adapter, process: Process) -> ModelCall:
     """The family's call, given x_t and t as the schedule has them."""
     if process.model_input is not None:
-        return _scaled(adapter.call, process.model_input)
-    schedule = process.schedule
-    if adapter.time_scale is None or schedule.discrete or schedule.high == adapter.time_scale:
+        return _Scaled(adapter.call, process.model_input)
+    if adapter.time == "schedule":
         return adapter.call
-    ends = torch.tensor([schedule.low, schedule.high])
-    _, sigma = schedule(ends)
-    if isinstance(schedule, EDM) or not bool(sigma[0] < sigma[1]):
+    if isinstance(process.schedule, EDM):
         raise ValueError(
-            f"`call` is missing: models of the family {adapter.family} take a time from 0 (clean) to {adapter.time_scale:g}, and "
-            f"{schedule!r} does not say how its time becomes that. Pass `call=lambda model, x_t, t, cond: model(...)`."
+            f"`call` is missing: models of the family {adapter.family} take a time as {adapter.time!r}, and {process.schedule!r} "
+            "does not say how sigma becomes that. Pass `call=lambda model, x_t, t, cond: model(...)`."
         )
-    factor = adapter.time_scale / schedule.high
-    return _scaled(adapter.call, lambda x_t, t: (x_t, t * factor))
+    return _Scaled(adapter.call, _ModelTime(process.schedule, adapter.time))
 
 
-def _scaled(call: ModelCall, model_input: ModelInput) -> ModelCall:
-    def scaled(model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
-        return call(model, *model_input(x_t, t), cond)
+@dataclass(frozen=True)
+class _ModelTime:
+    """The time of the schedule in the model's unit."""
 
-    return scaled
+    schedule: Schedule
+    unit: str
+
+    def __call__(self, x_t: Any, t: Tensor) -> tuple[Any, Tensor]:
+        if self.unit == "timestep" and self.schedule.discrete:
+            return x_t, t.float()
+        level = self.schedule.level(t)
+        if self.unit.startswith("reversed"):
+            level = 1 - level
+        return x_t, (level * 1000 if self.unit.endswith("timestep") else level).float()
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A call that is given the sample and the time as the schedule has them."""
+
+    call: ModelCall
+    model_input: ModelInput
+
+    def __call__(self, model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
+        return self.call(model, *self.model_input(x_t, t), cond)
 
 
 def _teacher(
-    model: nn.Module, teacher: Any, names: tuple[str, ...], call: ModelCall, adapter: Adapter, truncate: bool
+    model: nn.Module,
+    teacher: Any,
+    names: tuple[str, ...],
+    call: ModelCall,
+    adapter: Adapter,
+    features: Features,
+    truncate: bool,
 ) -> Any:
     if isinstance(teacher, str):
         if teacher != "copy":
             raise ValueError(
                 f"unknown teacher {teacher!r}, expected 'copy', a torch.nn.Module, or a callable `(x_t, t, cond) -> features`."
             )
-        return CopyTeacher(model, layers=names, call=call, select=adapter.select, truncate=truncate)
+        return CopyTeacher(
+            model,
+            layers=names,
+            call=call,
+            select=adapter.select,
+            features=features,
+            prepare=adapter.prepare,
+            truncate=truncate and adapter.truncate,
+        )
     if not isinstance(teacher, nn.Module):
         return teacher
     inner = taps.unwrap(teacher)
@@ -101,7 +180,9 @@ def _teacher(
         raise ValueError(
             "`teacher` shares its weights with `model`, so it would move with it. Pass 'copy', or a module of its own."
         )
-    return ModuleTeacher(inner, layers=names, call=call, select=adapter.select)
+    return ModuleTeacher(
+        inner, layers=names, call=call, select=adapter.select, features=features, prepare=adapter.prepare
+    )
 
 
 objective.install(assemble)
