@@ -27,11 +27,24 @@ pytestmark = [
 ]
 
 
+def moved(device, value):
+    """The tensors of nested dicts, lists and tuples on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(device, item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(device, item) for item in value))
+    return type(value)(moved(device, item) for item in value) if type(value) in (list, tuple) else value
+
+
 class Case:
     """One row, wrapped, with a batch and the oracle."""
 
-    def __init__(self, name, **options):
+    def __init__(self, name, *, device="cpu", **options):
+        self.device = device
         self.model, self.tiny = build(name)
+        self.model.to(device)
         self.frozen = freeze(self.model)
         for module in self.frozen.modules():
             if type(module).__name__ in self.tiny.awake:
@@ -45,12 +58,14 @@ class Case:
         self.options = options
         self.objective = self.wrap()
         generator = torch.Generator().manual_seed(1)
-        self.noise = mapped(lambda x: torch.randn(x.shape, generator=generator), self.tiny.clean)
+        self.clean = self.on_device(self.tiny.clean)
+        self.noise = mapped(lambda x: torch.randn(x.shape, generator=generator).to(device), self.tiny.clean)
         self.t, self.t_prime = self.tiny.t, self.tiny.t.flip(0)
         if (self.t == self.t_prime).all():  # one time for the whole batch
             self.t_prime = self.t / 2
         self.given = {
-            "cond": self.tiny.cond, "noise": self.noise, "t": self.unit(self.t), "t_prime": self.unit(self.t_prime),
+            "cond": self.on_device(self.tiny.cond), "noise": self.noise, "t": self.unit(self.t).to(device),
+            "t_prime": self.unit(self.t_prime).to(device),
         }  # fmt: skip
 
     def wrap(self, **more):
@@ -95,14 +110,14 @@ class Case:
         return sign * a, sign * b
 
     def raw(self, model, x, t):
+        time = self.tiny.time(t)
         cond = {key: value for key, value in self.tiny.cond.items() if key != "concat"}
-        return model(**self.tiny.given(x, t), **self.tiny.time(t), **self.arguments(cond, t))
+        cond = {key: value(next(iter(time.values()))) if callable(value) else value for key, value in cond.items()}
+        given = self.tiny.given(moved("cpu", x), t)  # a row holds what it joins to x on the CPU
+        return model(**self.on_device(given), **self.on_device(time), **self.on_device(cond))
 
-    def arguments(self, cond, t):
-        return {
-            key: value(next(iter(self.tiny.time(t).values()))) if callable(value) else value
-            for key, value in cond.items()
-        }
+    def on_device(self, value):
+        return moved(self.device, value)
 
     def features(self, x, t):
         caught = []
@@ -118,13 +133,13 @@ class Case:
         """Algorithm 1 (Lin & Yang): the loss of each sample, (B,)."""
         alpha, sigma = self.scales(self.t)
         a, b = self.row(self.t)
-        x_t = per_sample(lambda k, x, e: k[0] * x + k[1] * e, (alpha, sigma), self.tiny.clean, self.noise)
+        x_t = per_sample(lambda k, x, e: k[0] * x + k[1] * e, (alpha, sigma), self.clean, self.noise)
         delta = alpha * b - sigma * a
         clean_hat = per_sample(lambda k, x, y: (k[0] * x - k[1] * y) / k[2], (b, sigma, delta), x_t, predicted)
         noise_hat = per_sample(lambda k, x, y: (k[0] * y - k[1] * x) / k[2], (alpha, a, delta), x_t, predicted)
         mixed = lambda x, e: per_sample(lambda k, x, e: k[0] * x + k[1] * e, self.scales(self.t_prime), x, e)  # noqa: E731
         with torch.no_grad():
-            true = self.features(mixed(self.tiny.clean, self.noise), self.t_prime)
+            true = self.features(mixed(self.clean, self.noise), self.t_prime)
         told = self.features(mixed(clean_hat, noise_hat), self.t_prime)
         terms = [
             torch.stack([((x - y) ** 2).mean() for x, y in zip(f, g, strict=True)])
@@ -134,7 +149,7 @@ class Case:
 
     def student(self):
         """The model's own prediction, by hand."""
-        x_t = per_sample(lambda k, x, e: k[0] * x + k[1] * e, self.scales(self.t), self.tiny.clean, self.noise)
+        x_t = per_sample(lambda k, x, e: k[0] * x + k[1] * e, self.scales(self.t), self.clean, self.noise)
         return self.tiny.predicted(self.raw(self.model, x_t, self.t))
 
 
@@ -152,7 +167,16 @@ def parameter_gradients(model, loss):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradients_are_those_of_algorithm_1(name):
-    case = Case(name)
+    check(Case(name))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on a GPU only")
+@pytest.mark.parametrize("name", sorted(NO_CPU_BACKWARD))
+def test_the_gradients_of_flex_attention_are_those_of_algorithm_1(name):
+    check(Case(name, device="cuda"))
+
+
+def check(case):
     assert list(case.objective.teacher.layers) == [case.tiny.middle]
     with torch.no_grad():
         start = case.student()
@@ -162,11 +186,11 @@ def test_the_gradients_are_those_of_algorithm_1(name):
     whole = case.wrap(truncate=False)
     whole.teacher.stop = False
     for objective in (case.objective, whole):
-        values = objective.loss(predicted, clean=case.tiny.clean, reduction="none", **case.given)
+        values = objective.loss(predicted, clean=case.clean, reduction="none", **case.given)
         assert error([values], [expected]) < ALLOWED
         assert error(torch.autograd.grad(values.sum(), leaves(predicted)), gradient) < ALLOWED
     by_hand = parameter_gradients(case.model, case.oracle(case.student()).mean())
-    trained = parameter_gradients(case.model, case.objective(case.model, case.tiny.clean, **case.given))
+    trained = parameter_gradients(case.model, case.objective(case.model, case.clean, **case.given))
     assert error(trained, by_hand) < ALLOWED
 
 
@@ -175,13 +199,13 @@ def test_gradient_checkpointing_changes_nothing(name):
     case = Case(name)
     if not getattr(case.model, "_supports_gradient_checkpointing", False):
         pytest.skip("the class has no gradient checkpointing")
-    plain = parameter_gradients(case.model, case.objective(case.model, case.tiny.clean, **case.given))
+    plain = parameter_gradients(case.model, case.objective(case.model, case.clean, **case.given))
     case.model.enable_gradient_checkpointing()
     if name.split(".")[0] in BROKEN_CHECKPOINTING:
         with pytest.raises(TypeError, match="attention_mask"):
             case.student()
         pytest.skip("diffusers' own checkpointing of this class raises")
-    again = parameter_gradients(case.model, case.wrap()(case.model, case.tiny.clean, **case.given))
+    again = parameter_gradients(case.model, case.wrap()(case.model, case.clean, **case.given))
     assert error(again, plain) < ALLOWED
 
 

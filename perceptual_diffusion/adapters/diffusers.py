@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perceptual_diffusion import taps
-from perceptual_diffusion._shapes import describe
+from perceptual_diffusion._shapes import describe, first
 from perceptual_diffusion.adapters._registry import Adapter, register
 from perceptual_diffusion.types import Cond, FeatureSelect, Sample
 
@@ -60,6 +60,7 @@ class Family:
         concat: dimension along which `cond["concat"]` is joined to the sample.
         first: whether it comes before the sample.
         select: takes the noisy sample's part out of the middle's output, where it cannot be found.
+        flex: whether its attention is FlexAttention, which has no backward on a CPU.
         truncate: whether a copy may drop the blocks behind the middle: not where the model looks at all of them.
         awake: modules that have no gradient to their input in eval mode, and no dropout in train mode.
         refused: why it cannot be used.
@@ -78,6 +79,7 @@ class Family:
     concat: int = 1
     first: bool = False
     select: FeatureSelect | None = None
+    flex: bool = False
     truncate: bool = True
     awake: tuple[str, ...] = ()
     refused: str = ""
@@ -105,16 +107,18 @@ class Family:
         given = dict(cond)
         clean = given.pop("concat", None)
         inner: Any = taps.unwrap(model)
+        if self.flex and torch.is_grad_enabled() and first(x_t).device.type == "cpu":
+            raise ValueError(
+                f"{type(inner).__name__} uses FlexAttention, which has no backward on a CPU. Move the model and its inputs to a GPU."
+            )
         held, cut, x = 0, None, x_t
         if clean is not None:
             clean = clean if isinstance(clean, Concat) else Concat(clean)
-            dim, first = (
-                self.concat if clean.dim is None else clean.dim,
-                self.first if clean.first is None else clean.first,
-            )
-            x = _join(x_t, clean.clean, dim, first)
-            held = clean.clean.shape[dim] if first and isinstance(clean.clean, Tensor) else 0
-            cut = dim if first and not self.first else None
+            dim = self.concat if clean.dim is None else clean.dim
+            before = self.first if clean.first is None else clean.first
+            x = _join(x_t, clean.clean, dim, before)
+            held = clean.clean.shape[dim] if before and isinstance(clean.clean, Tensor) else 0
+            cut = dim if before and not self.first else None
         noisy = self.pack(x)
         for name in noisy.keys() - set(self.noisy):
             raise ValueError(
@@ -458,13 +462,15 @@ FAMILIES: dict[str, Family] = {
     "ChronoEditTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
     "WanVACETransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
     "WanAnimateTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
-    "WanAnimate2Transformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
+    "WanAnimate2Transformer3DModel": Family(
+        modality="video", middle="blocks", prediction=FLOW, flex=True, note="lists of samples (C, F, H, W)"
+    ),
     "AnyFlowTransformer3DModel": Family(
         modality="video", middle="blocks", prediction=FLOW, spread=_each_frame, second={"r_timestep": ""}, concat=2
     ),
     "AnyFlowFARTransformer3DModel": Family(
         modality="video", middle="blocks", prediction=FLOW, spread=_each_frame, second={"r_timestep": ""}, concat=2,
-        note="FlexAttention: needs a GPU for its backward",
+        flex=True,
     ),
     "HeliosTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
     "CogVideoXTransformer3DModel": Family(modality="video", middle=BLOCKS, concat=2),
@@ -507,7 +513,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Kandinsky6SRTransformer3DModel": Family(
         modality="video", middle="visual_transformer_blocks", prediction=FLOW, concat=-1,
-        note="FlexAttention: needs a GPU for its backward",
+        flex=True,
     ),
     "SanaVideoTransformer3DModel": Family(
         modality="video", middle=BLOCKS, prediction=FLOW, spread=_grid_if_held, concat=2, first=True
