@@ -15,16 +15,31 @@ class _Stop(BaseException):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Give the module inside DDP, DataParallel, AveragedModel and torch.compile wrappers."""
+    """Give the module inside DDP, FSDP, DataParallel, AveragedModel, torch.compile and PEFT wrappers.
+
+    LoRA layers are part of what is inside.
+    """
     while True:
-        if "_orig_mod" in model._modules:
-            inner = model._modules["_orig_mod"]
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "AveragedModel"):
-            inner = model._modules["module"]
-        else:
+        inner = model._modules.get(_held_under(model))
+        if inner is None:
             return model
-        assert inner is not None
         model = inner
+
+
+def _held_under(model: nn.Module) -> str:
+    """Give the name under which a wrapper holds the wrapped module; empty where it is no wrapper."""
+    for name in ("_orig_mod", "_fsdp_wrapped_module"):
+        if name in model._modules:
+            return name
+    for cls in type(model).__mro__:
+        if cls.__name__ in ("DistributedDataParallel", "DataParallel", "AveragedModel"):
+            return "module"
+        if cls.__module__.startswith("peft."):
+            if cls.__name__ in ("PeftModel", "PeftMixedModel"):
+                return "base_model"
+            if cls.__name__ == "BaseTuner":
+                return "model"
+    return ""
 
 
 def layer(model: nn.Module, name: str) -> nn.Module:

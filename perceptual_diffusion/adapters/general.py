@@ -27,7 +27,7 @@ Confidence = Literal["high", "medium"]
 Item = tuple[str, nn.Module]
 """A dotted name and its module, out of its wrappers."""
 
-MIDDLE = re.compile(r"mids?|mid(block|layer|level)s?|middle.*|bottlenecks?|bot|bottom|center|centre|bridge")
+MIDDLE = re.compile(r"mids?|mid(block|layer|level)s?|middle.*|bottlenecks?|bot|bottom|center|centre|bridges?")
 DOWN = re.compile(r"down.*|d|descent|contract.*|input|in")
 UP = re.compile(r"up(?!date|per).*|u|ascent|expan[ds].*|output|out|refine|deconv.*")
 ENCODER, DECODER = re.compile(r"encs?|encoders?|encode"), re.compile(r"decs?|decoders?|decode")
@@ -43,6 +43,7 @@ TIME = re.compile(r"freq|gamma|logvar|map|noise|sigma|t|time|timestep")
 BLOCKS = re.compile(r".*(blocks?|layers?|levels?|stages?)|h|stream|transformer")
 ALTERNATING = re.compile(r"attn|cross|ff|frame|freq|mlp|self|space|spatial|temporal|time")
 DUAL, SINGLE = re.compile(r"double|dual|joint|mm|mmdit"), re.compile(r"single")
+DENOISER = re.compile(r"denois.*|diffusion|dit|eps|epsilon|estimator|flow|score|unet|velocity")
 MODELS = re.compile(r"denoisers|ensemble|experts|models|nets|networks|unets")
 
 
@@ -110,7 +111,9 @@ class _Scope:
                 self.lists.setdefault(stem[1], []).append((name, child))
             elif isinstance(child, nn.ModuleList | nn.Sequential | nn.ModuleDict):
                 self.lists[name] = list(_parts(name, child))
-        self.lists = {name: items for name, items in self.lists.items() if len(items) > (name not in dict(self.children))}
+        self.lists = {
+            name: items for name, items in self.lists.items() if len(items) > (name not in dict(self.children))
+        }
 
     def has(self, name: str, *patterns: re.Pattern[str]) -> bool:
         """Whether a word of the name, below the scope's own, fits a pattern."""
@@ -156,7 +159,9 @@ def _nested(scope: _Scope) -> Middle | None:
         name, module = chain[-1]
         parts = [item for item in _children(module, f"{name}.") if _block(item[1])]
         layer = _last(*parts[0]) if len(parts) == 1 else name
-        return Middle((layer,), f"the innermost of {len(chain)} nested {kind.__name__}", "medium", tuple(n for n, _ in chain))
+        return Middle(
+            (layer,), f"the innermost of {len(chain)} nested {kind.__name__}", "medium", tuple(n for n, _ in chain)
+        )
     return None
 
 
@@ -169,7 +174,9 @@ def _between(scope: _Scope) -> Middle | list[str] | None:
     up = [name for name in sides if scope.has(name, DECODER, *([UP] if name in lists else [])) and name not in down]
     if up and not down:  # an encoder of another name has a block for each of the decoder's
         sure, length = "medium", max(len(sides[name]) for name in up)
-        down = [name for name in lists if name in sides and name not in up and 1 < length >= len(lists[name]) >= length - 1]
+        down = [
+            name for name in lists if name in sides and name not in up and 1 < length >= len(lists[name]) >= length - 1
+        ]
     if not down or not up:
         return None
     encoder, decoder = (max(names, key=lambda name: _weight(sides[name])) for names in (down, up))
@@ -179,8 +186,14 @@ def _between(scope: _Scope) -> Middle | list[str] | None:
 
     order = [name for name, _ in scope.children]
     taken = [{n for side in names for n in (side, *dict(sides[side]))} for names in (down, up)]
-    rest = [(n, m) for n, m in scope.children if n in sides and n not in taken[0] | taken[1] and not scope.has(n, ENDS, TIME)]
-    start, end = (pick(order.index(n) for n in side if n in order) for pick, side in zip((max, min), taken, strict=True))
+    rest = [
+        (n, m)
+        for n, m in scope.children
+        if n in sides and n not in taken[0] | taken[1] and not scope.has(n, ENDS, TIME)
+    ]
+    start, end = (
+        pick(order.index(n) for n in side if n in order) for pick, side in zip((max, min), taken, strict=True)
+    )
     rest = [item for item in rest if order.index(item[0]) > start]
     rest = [item for item in rest if order.index(item[0]) < end] or rest
     around = _weight(sides[encoder]) + _weight(sides[decoder])
@@ -210,6 +223,11 @@ def _along(scope: _Scope) -> Middle | list[str] | None:
     trunks = {name: blocks for name, blocks in trunks.items() if blocks}
     inside = {name for items in scope.lists.values() for name, _ in items} | set(scope.lists)
     others = [item for item in scope.children if item[0] not in inside and _block(item[1])]
+    called = [item for item in others if scope.has(item[0], DENOISER)]  # beside encoders of the condition
+    if called and len(called) < len(others):
+        return (
+            _guess(_search(_Scope(called[-1][1], f"{called[-1][0]}."))) if len(called) == 1 else [n for n, _ in called]
+        )
     largest = max(others, key=lambda item: _size(item[1]), default=None)
     if largest is not None and _size(largest[1]) > sum(map(_weight, trunks.values())):
         if _size(largest[1]) > 0.6 * scope.total:
@@ -233,7 +251,11 @@ def _halfway(scope: _Scope, trunks: dict[str, list[Item]]) -> Middle | list[str]
     names = sorted(kept, key=lambda name: scope.has(name, SINGLE))
     line = [item for name in names for item in kept[name]]
     sure: Confidence = "high" if len(names) == 1 or any(scope.has(name, DUAL, SINGLE) for name in names) else "medium"
-    if len(names) > 1 and len({len(kept[name]) for name in names}) == 1 and any(scope.has(n, ALTERNATING) for n in names):
+    if (
+        len(names) > 1
+        and len({len(kept[name]) for name in names}) == 1
+        and any(scope.has(n, ALTERNATING) for n in names)
+    ):
         line, sure = [item for turn in zip(*kept.values(), strict=True) for item in turn], "medium"
     everything = tuple(name for name, _ in line)
     bottleneck = _before_a_skip(line)
@@ -272,18 +294,16 @@ def _single(scope: _Scope) -> Middle | None:
 # --- the tree ---------------------------------------------------------------------------------------------------------
 
 
-def _inner(module: nn.Module) -> nn.Module:
-    module = taps.unwrap(module)
-    while "_checkpoint_wrapped_module" in module._modules:
-        module = taps.unwrap(module.get_submodule("_checkpoint_wrapped_module"))
-    return module
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Give the class, of a checkpointed module the one inside."""
+    return type(taps.unwrap(module._modules.get("_checkpoint_wrapped_module") or module))
 
 
 def _parts(name: str, module: nn.Module) -> Iterator[Item]:
     """Give the direct children, with dotted names."""
     for key, child in module._modules.items():
         if child is not None:
-            yield f"{name}.{key}".lstrip("."), _inner(child)
+            yield f"{name}.{key}".lstrip("."), taps.unwrap(child)
 
 
 def _children(module: nn.Module, path: str = "") -> Iterator[Item]:
@@ -310,32 +330,31 @@ def _trunk(items: list[Item]) -> list[Item]:
     blocks: list[Item] = []
     for name, module in items:
         parts = list(_parts(name, module)) if isinstance(module, nn.ModuleList | nn.Sequential) else []
-        if len(parts) > 1 and len({type(part) for _, part in parts}) == 1 and all(_block(part) for _, part in parts):
+        if len(parts) > 1 and len({_kind(part) for _, part in parts}) == 1 and all(_block(part) for _, part in parts):
             blocks += parts
         elif _block(module):
             blocks.append((name, module))
-    kinds = [type(module) for _, module in blocks]
+    kinds = [_kind(module) for _, module in blocks]
     repeated = [i for i, kind in enumerate(kinds) if kinds.count(kind) > 1]
     return blocks[repeated[0] : repeated[-1] + 1] if repeated else blocks
 
 
 def _before_a_skip(blocks: list[Item]) -> str | None:
     """Give the last block before one that takes more channels than there were: in a U-Net kept as one flat list."""
-    last: tuple[str, int] | None = None
-    for name, block in blocks:
-        conv = next((module for module in block.modules() if hasattr(module, "in_channels")), None)
-        if conv is not None:
-            if last is not None and conv.in_channels > last[1]:
-                return last[0]
-            last = name, conv.out_channels
-    return None
+    convs = [(name, next((m for m in block.modules() if hasattr(m, "in_channels")), None)) for name, block in blocks]
+    widths = [(name, conv.in_channels, conv.out_channels) for name, conv in convs if conv is not None]
+    if not widths or widths[-1][2] > widths[0][2]:
+        return None
+    return next((a[0] for a, b in zip(widths, widths[1:], strict=False) if b[1] > a[2]), None)
 
 
 def _last(name: str, module: nn.Module) -> str:
     """Give the module itself or, where it is a container that is never called, its last part that is more than a layer."""
     while not _called(module):
         parts = [item for item in _children(module, f"{name}.") if _called(item[1]) or _block(item[1])]
-        parts = [item for item in parts if _block(item[1]) or not type(item[1]).__module__.startswith("torch.")] or parts
+        parts = [
+            item for item in parts if _block(item[1]) or not type(item[1]).__module__.startswith("torch.")
+        ] or parts
         if not parts:
             break
         name, module = parts[-1]

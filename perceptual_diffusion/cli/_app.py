@@ -50,3 +50,37 @@ def demo(
         raise typer.Exit(2) from error
     if not finished:
         raise typer.Exit(130)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A folder of diffusers (a model or a pipeline), a hub id, or module:callable.")
+    ],
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Dotted name of a layer to compare; may be repeated.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Extent of the sample in the model's own grid: 64, 64x96, or 8x64x96.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples in the batch.")] = None,
+    inputs: Annotated[
+        str | None, typer.Option(help="module:callable that gives (clean, cond), instead of made-up ones.")
+    ] = None,
+    prediction: Annotated[str | None, typer.Option(help="What the model predicts, where nothing says it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    probe: Annotated[bool, typer.Option(help="Measure the layers on the batch; needs the weights.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the probe into this picture.")] = None,
+) -> None:
+    """Show a model's blocks, its middle, its schedule, and what a step of the objective costs; --probe ranks its layers."""
+    from perceptual_diffusion.cli.inspect import Settings, run
+
+    settings = Settings(
+        target=model, layers=tuple(layers or ()), size=size, batch=batch, inputs=inputs, prediction=prediction,
+        probe=probe, plot=plot,
+    )  # fmt: skip
+    try:
+        run(settings, as_json=as_json)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
