@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from perceptual_diffusion import taps
+from perceptual_diffusion._checkpoints import unfreeze
 from perceptual_diffusion._shapes import batch_size, leaves, map_tensors
 from perceptual_diffusion.features import FEATURES, Captured, Features, Part, capture, locate
 from perceptual_diffusion.types import Cond, Feature, FeatureSelect, ModelCall, Sample
@@ -96,6 +97,7 @@ class ModuleTeacher:
         if prepare is not None:
             prepare(self.module)
         self._parts: dict[Any, list[tuple[Part, ...]]] = {}
+        self._unfrozen = False
 
     def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
         """Give the features of the noisy sample.
@@ -127,13 +129,17 @@ class ModuleTeacher:
                 self.module, self.layers, lambda: self.call(self.module, sample, t, cond), select=select, stop=self.stop
             )
 
+        grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t))
+        if grad and not self._unfrozen:
+            unfreeze(self.module, lambda: run(x_t, capture))
+            self._unfrozen = True
         if self.select is not None:
             features = [[feature] for feature in run(x_t, self.select)]
         else:
             parts = self._located(partial(self._watched, run), x_t, cond)
             given = zip(run(x_t, capture), parts, strict=True)
             features = [[part.take(layer, batch_size(x_t)) for part in found] for layer, found in given]
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t)):
+        if grad:
             for name, of_layer in zip(self.layers, features, strict=True):
                 if not all(leaf.requires_grad for feature in of_layer for leaf in leaves(feature)):
                     raise ValueError(

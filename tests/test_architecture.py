@@ -29,7 +29,8 @@ MAY_IMPORT = {
     | {"schedules", "parameterizations", "timesteps", "renoising", "distances", "weights", "features"},
     "taps": BASE,
     "features": BASE,
-    "teachers": BASE | {"taps", "features"},
+    "_checkpoints": set(),
+    "teachers": BASE | {"taps", "features", "_checkpoints"},
 }
 """The rings of the core, from the inside out; adapters come after them, the command line after the adapters."""
 

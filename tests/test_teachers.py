@@ -467,3 +467,66 @@ def test_a_missing_layer_is_refused_at_construction():
     ):
         with pytest.raises(ValueError, match="no module 'mid' in UNet2DModel; at its top level: conv_in"):
             teacher()
+
+
+# --- modules that checkpoint themselves, as ADM's and CompVis' attention does -------------------------------------------
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """Recomputes in the backward, and asks for the gradient of inputs and parameters at once."""
+
+    @staticmethod
+    def forward(ctx, function, count, *values):
+        ctx.function, ctx.inputs, ctx.parameters = function, values[:count], values[count:]
+        with torch.no_grad():
+            return function(*ctx.inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs = [x.detach().requires_grad_() for x in ctx.inputs]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        return None, None, *torch.autograd.grad(output, (*inputs, *ctx.parameters), gradient, allow_unused=True)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.mix, self.own = torch.nn.Conv2d(6, 6, 1), own
+
+    def forward(self, x):
+        if self.own:
+            return OwnCheckpoint.apply(lambda x: x + torch.tanh(self.mix(x)), 1, x, *self.parameters())
+        return x + torch.tanh(self.mix(x))
+
+
+class ADM(torch.nn.Module):
+    def __init__(self, own):
+        super().__init__()
+        self.stem, self.head = torch.nn.Conv2d(3, 6, 3, padding=1), torch.nn.Conv2d(6, 3, 3, padding=1)
+        self.middle_block = torch.nn.Sequential(torch.nn.Conv2d(6, 6, 3, padding=1), Attention(own))
+
+    def forward(self, x, t):
+        return self.head(self.middle_block(self.stem(x) + t.view(-1, 1, 1, 1)))
+
+
+def test_a_module_that_checkpoints_itself_gives_the_gradient_and_keeps_none():
+    gradients = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        student = ADM(own)
+        objective = SelfPerceptualObjective.wrap(
+            student, schedules.Linear(), prediction="flow_prediction", layers="middle_block"
+        )
+        generator = torch.Generator().manual_seed(1)
+        clean = torch.randn(2, 3, 6, 6, generator=generator)
+        for _ in range(2):
+            student.zero_grad()
+            given = {name: torch.rand(2, generator=torch.Generator().manual_seed(2)) for name in ("t", "t_prime")}
+            noise = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(3))
+            objective(student, clean, noise=noise, t=given["t"], t_prime=given["t_prime"].flip(0)).backward()
+        gradients.append([p.grad for p in student.parameters()])
+        assert all(p.grad is None for p in objective.teacher.module.parameters())
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, rtol=1e-5, atol=1e-7)
+    assert any(g.abs().sum() > 0 for g in gradients[0])
