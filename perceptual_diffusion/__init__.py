@@ -6,7 +6,8 @@ objective = SelfPerceptualObjective.wrap(model, noise_scheduler)
 loss = objective(model, latents, cond={"encoder_hidden_states": text})
 """
 
-from perceptual_diffusion import adapters, distances, parameterizations, schedules, teachers, timesteps, weights
+from perceptual_diffusion import adapters, checks, distances, parameterizations, schedules, teachers, timesteps, weights
+from perceptual_diffusion.inspection import probe_layers
 from perceptual_diffusion.objective import SelfPerceptualObjective
 
 __version__ = "0.1.0"
@@ -14,8 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     "SelfPerceptualObjective",
     "adapters",
+    "checks",
     "distances",
     "parameterizations",
+    "probe_layers",
     "schedules",
     "teachers",
     "timesteps",

@@ -199,8 +199,8 @@ def _part(
     """The part of one stream of a layer, from passes with nothing, with everything, and with one sample disturbed."""
     tensor = base[layer].streams[stream].detach()
     if tensor.ndim < 2:
-        moved = tensor.ndim and not torch.equal(tensor, every[layer].streams[stream])
-        return Part(stream=stream, batch=0, channel=0) if moved else None
+        same = not tensor.ndim or torch.equal(tensor, every[layer].streams[stream])
+        return None if same else Part(stream=stream, batch=0, channel=0)
     channel = _channel(tensor, base[layer].weights)
     moved = _moved(tensor, every[layer].streams[stream], channel)
     if not moved.any():

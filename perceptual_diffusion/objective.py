@@ -24,6 +24,7 @@ from perceptual_diffusion._shapes import (
     map_leaves,
     mean_square,
 )
+from perceptual_diffusion.checks import Report, check
 from perceptual_diffusion.features import Features
 from perceptual_diffusion.parameterizations import Prediction, System
 from perceptual_diffusion.renoising import (
@@ -89,7 +90,8 @@ class SelfPerceptualObjective:
         call: runs the student: `(model, x_t, t, cond) -> output`, t in the schedule's unit, shape (B,).
         output: takes the prediction out of the student's output.
         t: sampler of t: "uniform", "logit_normal", or a callable.
-        t_prime: sampler of t': "uniform", "near", "shifted", "logit_normal", or a callable.
+        t_prime: sampler of t': "uniform", "near", "shifted", "logit_normal", or a callable; "clean" compares x̂_0 and x_0
+            without noising them again, for teachers that are no denoisers.
         distance: "mse", "mae", "huber", "cosine", "normalised", or a callable of two features (B, *) to (B,).
         formulation: "joint" (eq. 12) or "split" (eqs. 14 to 17).
         mse_weight: adds this much of the MSE of the prediction; it costs no extra pass.
@@ -171,7 +173,7 @@ class SelfPerceptualObjective:
         teacher: Any = "copy",
         features: Features = "noisy",
         t: str | TimeSampler | None = None,
-        t_prime: str | TimeSampler = "uniform",
+        t_prime: str | TimeSampler | None = None,
         distance: str | Distance = "mse",
         formulation: Formulation = "joint",
         mse_weight: float = 0.0,
@@ -194,7 +196,7 @@ class SelfPerceptualObjective:
                 `eval()` in place), or a callable `(x_t, t, cond) -> list of features`.
             features: "noisy" compares the noisy sample's tokens and streams, "all" whatever depends on the noisy sample.
             t: as in the constructor; by default uniform, with the scheduler's shift if it has one.
-            t_prime: as in the constructor, like all that follow.
+            t_prime: as in the constructor, like all that follow; by default what the teacher's `t_prime` says, else uniform.
             distance: see the constructor.
             formulation: see the constructor.
             mse_weight: see the constructor.
@@ -227,7 +229,7 @@ class SelfPerceptualObjective:
         )
         return cls(
             **built,
-            t_prime=t_prime,
+            t_prime=getattr(teacher, "t_prime", "uniform") if t_prime is None else t_prime,
             distance=distance,
             formulation=formulation,
             mse_weight=mse_weight,
@@ -342,6 +344,27 @@ class SelfPerceptualObjective:
         self._check_t(t, first(clean))
         return mix_samples(clean, noise, self.prediction.row(self.schedule, t))
 
+    def check(
+        self, model: Any, clean: Sample, *, cond: Cond | None = None, generator: torch.Generator | None = None
+    ) -> Report:
+        """Try one training step on a batch, leave everything as it was, and raise a `checks.SetupError` if it is wrong.
+
+        Args:
+            model: the student.
+            clean: a batch of training data, shape (B, *), or nested where the model's sample is.
+            cond: the model's own keyword arguments.
+            generator: draws t, noise and t'; by default one of the check's own, with a fixed seed.
+
+        Returns:
+            what was measured, to be printed.
+
+        Raises:
+            SetupError: the set-up is wrong; `fault` names the kind (`checks.FAULTS`), the message says what to do.
+            ValueError: the structure of `clean` is wrong.
+            TypeError: an argument has the wrong type.
+        """
+        return check(self, model, clean, cond=cond, generator=generator)
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the teacher, as `nn.Module.to` does, and return the objective."""
         move = getattr(self.teacher, "to", None)
@@ -392,6 +415,8 @@ class SelfPerceptualObjective:
         error = prediction_error(predicted, clean, noise, system)
         excess = None if x_t is None else input_excess(x_t, clean, noise, system)
         scales = self.schedule(t_prime)
+        if isinstance(self.t_prime, timesteps.Clean):
+            scales = torch.ones_like(scales[0]), torch.zeros_like(scales[1])
         x_tt = mix_samples(clean, noise, scales)
         renoised = renoise(x_tt, error, system=system, scales=scales, formulation=self.formulation, excess=excess)
         cond = _check_cond(cond)

@@ -50,7 +50,7 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     """
     module, path = model, type(model).__name__
     for part in name.split("."):
-        child = module._modules.get(part)
+        child = module._modules.get(part) or unwrap(module)._modules.get(part)
         if child is None:
             there = "at its top level" if module is model else f"in {path}"
             names = ", ".join(n for n, m in module._modules.items() if m is not None) or "no module"

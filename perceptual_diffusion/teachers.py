@@ -290,7 +290,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """
     model = taps.unwrap(model)
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor" or hasattr(parameter, "_is_flat_param"):
+        partitioned = any(hasattr(parameter, mark) for mark in ("ds_id", "_is_flat_param", "_fsdp_flattened"))
+        if partitioned or type(parameter).__name__ == "DTensor":
             raise ValueError(
                 f"`model` is partitioned ({name!r} is not whole on this process). Call `wrap` before FSDP or DeepSpeed partitions it."
             )

@@ -131,6 +131,22 @@ class Shifted:
         return _time(schedule, rank + by * side)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clean:
+    """No second noise: the objective compares x̂_0 itself with x_0, and t' is the schedule's clean end.
+
+    alpha' = 1 and sigma' = 0 exactly, even if the clean end has some noise, and if t' is given by hand: the teacher is told
+    t', the samples are not noised to it.
+    """
+
+    def __call__(
+        self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        dtype = torch.float32 if like.device.type in NO_FLOAT64 else torch.float64
+        end = torch.full((len(like),), float(schedule.noise_first), dtype=dtype, device=like.device)
+        return _time(schedule, end)
+
+
 def _positive(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"`{name}` is {value!r}, expected a positive number.")
@@ -157,20 +173,29 @@ def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
 
     Args:
         name: the argument's name, for the message.
-        sampler: a name, or `(schedule, like, *, t, generator) -> times of shape (B,)`.
+        sampler: a name, or `(schedule, like, *, t, generator) -> times of shape (B,)`; for t' also "clean".
 
     Raises:
         ValueError: the name is unknown.
         TypeError: it is neither a name nor callable.
     """
+    of_t_prime = "" if name == "t" else "; or 'clean', which compares the clean estimates themselves"
     if isinstance(sampler, str):
+        if sampler == "clean" and of_t_prime:
+            return Clean()
         if sampler not in NAMED:
             raise ValueError(
-                f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable."
+                f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable{of_t_prime}."
             )
         return NAMED[sampler]
     if not callable(sampler) or isinstance(sampler, type):
-        raise TypeError(f"`{name}` is {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable.")
+        raise TypeError(
+            f"`{name}` is {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable{of_t_prime}."
+        )
+    if isinstance(sampler, Clean) and not of_t_prime:
+        raise ValueError(
+            "`t` is 'clean', where there is nothing to denoise; it is for t' only. Use 'uniform' or 'logit_normal' for t."
+        )
     return sampler
 
 

@@ -16,7 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
-from models import MLP, TOLERANCE, ConvNet, conditional_unet, distance, dit, unet
+from models import TOLERANCE, ConvNet, conditional_unet, distance, dit, unet
 from torch import nn
 
 from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
@@ -356,4 +356,6 @@ def test_an_entry_point_of_another_package_is_read_when_an_adapter_is_first_look
 
 
 def test_the_public_names_are_there():
-    assert set(adapters.__all__) == {"Adapter", "Concat", "Process", "find", "read", "register"}
+    assert set(adapters.__all__) == {
+        "Adapter", "Concat", "DecoderTeacher", "Process", "TimmTeacher", "find", "read", "register",
+    }  # fmt: skip

@@ -254,3 +254,67 @@ def test_a_layer_whose_streams_cannot_be_told_apart_is_refused():
     assert taps.run(model, ["block"], lambda: model(image, torch.randn(2, 5, 4)))[0] is image
     with pytest.raises(ValueError, match="cannot be told"):
         taps.run(model, ["block"], lambda: model(image, torch.randn(2, 6, 4)))
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def fsdp(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def lora(**options):
+    def wrap(model):
+        peft = pytest.importorskip("peft")
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["joint.linear"]), **options)
+
+    return wrap
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = [
+    lambda model: model, compiled, fsdp, lora(), lora(mixed=True), nn.DataParallel, nn.parallel.DistributedDataParallel,
+    lambda model: compiled(nn.parallel.DistributedDataParallel(lora()(model))), lambda model: fsdp(fsdp(model)),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of FSDP on one process
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_module_inside_every_wrapper_is_found(group, wrap):
+    model = TwoBlocks()
+    assert taps.unwrap(wrap(model)) is model
+
+
+def test_the_lora_layers_stay_in_what_is_unwrapped():
+    model = TwoBlocks()
+    wrapped = lora()(model)
+    assert "lora_A" in taps.unwrap(wrapped).joint.linear._modules
+    hidden = torch.randn(2, 3)
+    (feature,) = taps.run(model, ["joint"], lambda: wrapped(hidden, hidden + 1), select=lambda output, *_: output[0])
+    assert torch.equal(feature, model.joint(hidden, hidden)[0])
+
+
+@pytest.mark.parametrize("name", ["module", "model", "base_model", "_module"])
+def test_a_model_that_holds_another_under_a_wrappers_name_is_no_wrapper(name):
+    model = nn.Module()
+    model.add_module(name, TwoBlocks())
+    assert taps.unwrap(model) is model
+
+
+def test_a_layer_is_found_through_a_compiled_part():
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), nn.Linear(3, 3))
+    inner = model[0][1]
+    model[0] = torch.compile(model[0], backend="eager")
+    assert taps.layer(model, "0.1") is inner

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from perceptual_diffusion import taps
 from perceptual_diffusion.objective import call_model, take_prediction
-from perceptual_diffusion.types import FeatureSelect, ModelCall, ModelOutput
+from perceptual_diffusion.types import FeatureSelect, ModelCall, ModelOutput, Sample
 
 GROUP = "perceptual_diffusion.adapters"
 
 
-TIMES = ("schedule", "timestep", "unit", "reversed timestep", "reversed unit")
-"""Units of a model's time: the schedule's own; 0 clean to 1000 noise (the index of a table); 0 to 1; 1000 to 0; 1 to 0."""
+TIMES = ("schedule", "timestep", "unit", "reversed timestep", "reversed unit", "sigma")
+"""Units of a model's time: the schedule's own; 0 clean to 1000 noise (the index of a table); 0 to 1; 1000 to 0; 1 to 0; the
+noise of a sample clean + sigma noise, which the model is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +100,25 @@ def find(model: Any) -> Adapter:
     adapter = known(model)
     if adapter is not None:
         return adapter
-    from perceptual_diffusion.adapters import general
+    from perceptual_diffusion.adapters import edm, general
 
     found = general.middle(model)
-    return Adapter(family="general", layers=found.layers, why=found.why, sure=found.confidence == "high")
+    fields = edm.conventions(model) or {"family": "general", "output": without_variance}
+    return Adapter(layers=found.layers, why=found.why, sure=found.confidence == "high", **fields)
+
+
+def without_variance(output: Any, x_t: Sample) -> Sample:
+    """Take the prediction out of an output: of exactly twice the sample's channels the first half, the rest is a variance.
+
+    The channels are dim 1 of vectors and maps and the last of tokens (B, N, C) (Nichol & Dhariwal 2021; Peebles & Xie 2022).
+    """
+    prediction = take_prediction(output, x_t)
+    if isinstance(prediction, Tensor) and isinstance(x_t, Tensor) and x_t.ndim > 1:
+        dim = 2 if x_t.ndim == 3 else 1
+        doubled = [size * (1 + (place == dim)) for place, size in enumerate(x_t.shape)]
+        if list(prediction.shape) == doubled:
+            return prediction.narrow(dim, 0, x_t.shape[dim])
+    return prediction
 
 
 def known(model: nn.Module) -> Adapter | None:

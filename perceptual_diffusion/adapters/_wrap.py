@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from perceptual_diffusion import objective, taps
-from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known
+from perceptual_diffusion._shapes import map_scaled, over
+from perceptual_diffusion.adapters import edm
+from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known, without_variance
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
 from perceptual_diffusion.features import Features
 from perceptual_diffusion.schedules import EDM, Schedule
@@ -40,9 +42,11 @@ def assemble(
     process = Process(schedule=schedule, prediction=None) if isinstance(schedule, Schedule) else read(schedule)
     names = _names(layers)
     adapter = known(model)
+    outside = callable(teacher) and not isinstance(teacher, nn.Module)
     if adapter is None:  # with layers given by hand, it is called as `model(x_t, t, **cond)`, or by `call`
-        adapter = Adapter(family="explicit", layers=names) if names else find(model)
-    if not names:
+        fields = edm.conventions(model) or {"family": "explicit", "output": without_variance}
+        adapter = Adapter(layers=names, **fields) if names or outside else find(model)
+    if not names and not outside:
         log = logger.info if adapter.sure else logger.warning
         log("%s: comparing the features of %s (%s)", type(model).__name__, ", ".join(adapter.layers), adapter.why)
     student_call = call or _family_call(adapter, process)
@@ -87,7 +91,7 @@ def _from_pipeline(model: Any, schedule: Any) -> tuple[Any, Any]:
 
 def _prediction(adapter: Adapter, process: Process) -> Any:
     """What the model predicts: the scheduler says it, or on a flow the family, which knows the sign."""
-    says = process.prediction
+    says = None if adapter.time == "sigma" else process.prediction
     if adapter.prediction is None or not (says is None or says in FLOWS):
         if says is None:
             raise ValueError(
@@ -111,6 +115,8 @@ def _names(layers: Any) -> tuple[str, ...]:
 
 def _family_call(adapter: Adapter, process: Process) -> ModelCall:
     """The family's call, given x_t and t as the schedule has them."""
+    if adapter.time == "sigma":  # D(x, sigma) scales its input and its time itself
+        return _Scaled(adapter.call, _Unscaled(process.schedule))
     if process.model_input is not None:
         return _Scaled(adapter.call, process.model_input)
     if adapter.time == "schedule":
@@ -137,6 +143,19 @@ class _ModelTime:
         if self.unit.startswith("reversed"):
             level = 1 - level
         return x_t, (level * 1000 if self.unit.endswith("timestep") else level).float()
+
+
+@dataclass(frozen=True)
+class _Unscaled:
+    """clean + sigma noise and sigma, of a sample on any schedule: x_t / alpha and sigma / alpha."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t: Any, t: Tensor) -> tuple[Any, Tensor]:
+        if isinstance(self.schedule, EDM):
+            return x_t, t.float()
+        alpha, sigma = self.schedule(t)
+        return map_scaled(lambda k, x: x / over(k[0], x), (alpha,), x_t), (sigma / alpha).float()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The parts of `checks`: what is looked at, and how it is judged."""
