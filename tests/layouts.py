@@ -45,6 +45,21 @@ def by_linear_attention(q, k, v):
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
 
+@torch.library.custom_op("layouts::attention", mutates_args=())
+def by_own_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Stands for the kernels of other packages (flash-attn, xformers, sage), which torch knows by their names only."""
+    return by_sdpa(q, k, v).clone()
+
+
+def _backward(ctx, gradient):
+    with torch.enable_grad():
+        given = [value.detach().requires_grad_() for value in ctx.saved_tensors]
+        return torch.autograd.grad(by_softmax(*given), given, gradient)
+
+
+by_own_kernel.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 class Attention(nn.Module):
     """Of x (b, n, C) to itself, or to another sequence."""
 
@@ -571,6 +586,8 @@ CASES = {
     "einsum": with_kernel(by_einsum),
     "einsum, heads last": with_kernel(by_einsum_with_heads_last),
     "einsum, heads last, in the list": with_kernel(by_einsum_with_heads_last, layer="blocks.2"),
+    "a kernel of another package": with_kernel(by_own_kernel),
+    "a kernel of another package, in the list": with_kernel(by_own_kernel, layer="blocks.2"),
     "linear attention, in the list": with_kernel(by_linear_attention, layer="blocks.2"),
     "MultiheadAttention": Case(
         make=lambda: Transformer(attention=MultiHead), layer="last", take=tokens(M), cond=TEXT

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from algorithm1 import freeze
+from diffusers.models.attention_dispatch import attention_backend
 from models import conditional_unet, dit, unet
 from torch import nn
 from zoo import B, build, normal
@@ -711,4 +712,23 @@ def test_a_model_in_bfloat16_trains_on_the_same_part(name):
             t = objective.schedule.at(torch.tensor([0.1, 0.5, 0.9]))
             features = objective.teacher(clean, t, cond)
         shapes.append([[r.shape for r in f] if isinstance(f, list) else f.shape for f in features])
+    assert shapes[0] == shapes[1]
+
+
+# --- attention backends -----------------------------------------------------------------------------------------------
+
+JOINT = ["AuraFlowTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel", "FluxTransformer2DModel"]
+FAULTS |= dict.fromkeys(JOINT[1:], "attention that cannot be watched mixes the text into the part that is found")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", marked({name: name for name in JOINT}))
+def test_the_part_that_is_found_does_not_depend_on_the_attention_backend(name):
+    model, tiny = build(name)
+    shapes = []
+    for backend in ("native", "flex"):
+        objective = SelfPerceptualObjective.wrap(model, tiny.scheduler())
+        with torch.no_grad(), attention_backend(backend):
+            features = objective.teacher(tiny.clean, T / 1000, tiny.cond)
+        shapes.append([feature.shape for feature in features])
     assert shapes[0] == shapes[1]

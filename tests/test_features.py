@@ -66,6 +66,9 @@ FAULTS = {
         "features losses channels": ["a text of equal length sees the image"]
     },
     "attention weights with the heads last still mix": {"features losses channels": ["einsum, heads last"]},
+    "attention by a kernel of another package still mixes": {
+        "features losses channels": ["a kernel of another package"]
+    },
     "clean frames of maps count where batch and frames share a dimension": {
         "features losses channels": ["frames (b f) behind a clean one"]
     },

@@ -15,8 +15,9 @@ from perceptual_diffusion.types import Sample
 
 KNOWS = 0.3
 """The skill from which a student is taken for a trained one."""
-GAP = 0.2
-"""How much higher the skill must be with another prediction or other times before these are named."""
+GAP, FALL = 0.1, 0.6
+"""How much higher the skill must be with another prediction or other times, and to what share what it leaves open must
+fall, before these are named."""
 WRONG, ODD = 0.75, 0.9
 """To what share what the student leaves open has to fall at other times to be a fault, and to be warned of."""
 LEVELS = ((0.05, "later"), (-0.05, "earlier"), (0.1, "later"), (-0.1, "earlier"))
@@ -49,9 +50,9 @@ def judge(batch: Batch, predicted: Sample, *, above_zero: bool) -> float:
             continue
         for supposed in (declared, *others):
             told = skill.total(_skills(batch, answer, supposed))
-            if told > max(KNOWS, known + GAP, best + GAP) + chance:
+            if told > best + 2 * GAP and _far_better(told, known, chance):
                 raise _misread_times(declared, supposed, formula, _share(told, known))
-    if best > max(KNOWS, known + GAP) + chance:
+    if _far_better(best, known, chance):
         raise _misread(declared, other, _share(best, known))
     if not above_zero:
         batch.warnings.append(
@@ -62,6 +63,10 @@ def judge(batch: Batch, predicted: Sample, *, above_zero: bool) -> float:
     elif known > KNOWS and len(batch.t) >= 4:
         _check_level(batch, own)
     return known
+
+
+def _far_better(told: float, known: float, chance: float) -> bool:
+    return told > max(KNOWS, known + GAP) + chance and 1 - told < FALL * (1 - known)
 
 
 def _check_level(batch: Batch, own: skill.Skills) -> None:
