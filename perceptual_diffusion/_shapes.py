@@ -78,7 +78,8 @@ def describe(sample: Any) -> str:
     if isinstance(sample, dict):
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in sample.items()) + "}"
     if isinstance(sample, list | tuple):
-        return "[" + ", ".join(describe(value) for value in sample) + "]"
+        inside = ", ".join(describe(value) for value in sample)
+        return f"[{inside}]" if isinstance(sample, list) else f"tuple({inside})"
     return type(sample).__name__
 
 
@@ -98,7 +99,16 @@ def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
             raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
         keys: list[Any] = list(sample) if isinstance(sample, dict) else list(range(len(sample)))
         for key in keys:
+            if isinstance(sample, list) and isinstance(sample[key], Tensor) and sample[key].ndim == 0:
+                raise ValueError(
+                    f"`{name}[{key}]` has shape (), expected a sample of at least one dimension, without the batch."
+                )
             check_sample(f"{name}[{key!r}]", sample[key], None if like is None else cast(Any, like)[key])
+        devices = {leaf.device for leaf in leaves(cast(Sample, sample))}
+        if len(devices) > 1:
+            raise ValueError(
+                f"`{name}` lies on several devices, {' and '.join(sorted(map(str, devices)))}, expected one. Move it there."
+            )
         if isinstance(sample, list):
             return
         if len({batch_size(value) for value in (sample.values() if isinstance(sample, dict) else sample)}) > 1:
@@ -186,7 +196,7 @@ def mean_square(sample: Sample) -> Tensor:
     if isinstance(sample, Tensor):
         return mean_per_sample(sample.square())
     if isinstance(sample, list):
-        return torch.stack([cast(Tensor, tensor).square().mean() for tensor in sample])
+        return torch.cat([mean_per_sample(cast(Tensor, tensor)[None].square()) for tensor in sample])
     return torch.stack([mean_square(part) for part in (sample.values() if isinstance(sample, dict) else sample)]).mean(
         0
     )

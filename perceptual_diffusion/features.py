@@ -11,7 +11,7 @@ sample to the layer by itself.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion._shapes import batch_size, map_leaves
+from perceptual_diffusion._shapes import batch_size, first, map_leaves
 from perceptual_diffusion.types import FeatureSelect, Sample
 
 Features = Literal["noisy", "all"]
@@ -63,7 +63,7 @@ class Part:
     alternating: bool = False
     channel: int
     tokens: int | None = None
-    picked: tuple[Tensor, ...] = ()
+    picked: tuple[tuple[int, ...], ...] = ()
 
     def take(self, layer: Captured, samples: int) -> Tensor | list[Tensor]:
         """Take the part out of what a layer gave.
@@ -99,12 +99,11 @@ class Part:
         return lists if len(self.picked) > 1 else lists[0]
 
 
-def _pick(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+def _pick(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
     """Select places, as a view where they are neighbours."""
-    first, count = int(index[0]), len(index)
-    if int(index[-1]) - first + 1 == count:
-        return tensor.narrow(dim, first, count)
-    return tensor.index_select(dim, index.to(tensor.device))
+    if places[-1] - places[0] + 1 == len(places):
+        return tensor.narrow(dim, places[0], len(places))
+    return tensor.index_select(dim, torch.tensor(places, device=tensor.device))
 
 
 def locate(
@@ -128,23 +127,26 @@ def locate(
     Raises:
         ValueError: a layer does not depend on the sample, or the samples cannot be told apart in it.
     """
-    everything, samples = _disturb(sample), batch_size(sample)
+    sample = map_leaves(lambda x: x.detach().nan_to_num(0, 0, 0), sample)
+    everything = _disturb(sample)
+    look: dict[str, Any] = {"samples": batch_size(sample), "listed": _has_list(sample), "noisy": features == "noisy"}
+    found: list[tuple[Part, ...]] = [()] * len(layers)
     modes = [_Watch(unmixed=True), _Watch(unmixed=False), None]
     for mode in modes if features == "noisy" else modes[1:]:
 
         def passed(value: Sample, mode: _Watch | None = mode) -> list[Captured]:
-            with torch.no_grad(), mode or nullcontext():
+            with torch.no_grad(), _same_noise(sample), mode or nullcontext():
                 return run(value, mode.capture if mode else capture)
 
         try:
-            base, every = passed(sample), passed(everything)
+            base = passed(sample)
+            if not batch_size(sample):
+                return [(Part(stream=0, batch=0, channel=_channel(of.streams[0], of.weights)),) for of in base]
+            every = passed(everything)
             ones = _Ones(passed, everything, sample)
-            found = [
-                tuple(
-                    part for k in range(len(of.streams)) if (part := _part(i, k, base, every, ones, samples, features))
-                )
-                for i, of in enumerate(base)
-            ]
+            for i, captured in enumerate(base):
+                parts = (_part(i, k, base, every, ones, **look) for k in range(len(captured.streams)))
+                found[i] = found[i] or tuple(part for part in parts if part is not None)
         except NotImplementedError:  # a kernel that cannot be watched, such as FlexAttention
             if mode is None:
                 raise
@@ -156,6 +158,18 @@ def locate(
         f"the teacher's layer {blind!r} gives no gradient to the sample: it does not depend on it. Pass `layers=` that lie on "
         "the sample's path, and the `cond` of training."
     )
+
+
+def _same_noise(sample: Sample) -> AbstractContextManager[None]:
+    """Leave torch's random streams where they are, so that every pass draws the same."""
+    device = first(sample).device
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _has_list(sample: Any) -> bool:
+    if isinstance(sample, Tensor | list):
+        return isinstance(sample, list)
+    return any(_has_list(part) for part in (sample.values() if isinstance(sample, dict) else sample))
 
 
 class _Ones:
@@ -175,6 +189,8 @@ def _disturb(sample: Sample) -> Sample:
     generator = torch.Generator().manual_seed(0)
 
     def disturb(x: Tensor) -> Tensor:
+        if not x.numel():
+            return x
         noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
         return x.detach() + (x.detach().std(correction=0) + 0.1) * noise
 
@@ -194,7 +210,15 @@ def _only(index: int, changed: Any, sample: Any) -> Any:
 
 
 def _part(
-    layer: int, stream: int, base: list[Captured], every: list[Captured], ones: _Ones, samples: int, features: Features
+    layer: int,
+    stream: int,
+    base: list[Captured],
+    every: list[Captured],
+    ones: _Ones,
+    *,
+    samples: int,
+    listed: bool,
+    noisy: bool,
 ) -> Part | None:
     """The part of one stream of a layer, from passes with nothing, with everything, and with one sample disturbed."""
     tensor = base[layer].streams[stream].detach()
@@ -205,16 +229,18 @@ def _part(
     moved = _moved(tensor, every[layer].streams[stream], channel)
     if not moved.any():
         return None
-    if features == "noisy":
+    if noisy:
         moved = moved & _moved_before(base[layer], every[layer], tensor, channel)
 
-    def first(index: int) -> Tensor:
+    def only(index: int) -> Tensor:
         return moved & _moved(tensor, ones[index][layer].streams[stream], channel)
 
     dims = [d for d in range(tensor.ndim) if d != channel]
-    batch = _batch_dim(moved, first(0), dims, samples)
+    batch = _batch_dim(moved, only(0), dims, samples)
+    if listed and batch is not None and tensor.shape[batch[0]] != samples:  # one after the other, of any lengths
+        batch = None
     if batch is None:
-        rows = _rows([first(i) for i in range(samples)], dims)
+        rows = _rows([only(i) for i in range(samples)], dims)
         if rows is None:
             raise ValueError(
                 f"the {samples} samples cannot be told apart in a feature of shape {tuple(tensor.shape)}. Register an adapter "
@@ -229,18 +255,27 @@ def _part(
     if len(tokens) != 1:
         return whole
     table = _over(moved, whole.batch, tokens[0])
-    if bool((table == table[0]).all()):
-        return replace(whole, tokens=tokens[0], picked=(_places(table[0]),))
-    if len(table) != samples or not table.any(1).all():
+    answers = table[table.any(1)]  # a sample that is not finite or hardly answers says nothing
+    if bool((answers == answers[0]).all()):
+        return replace(whole, tokens=tokens[0], picked=(_places(answers[0]),))
+    if len(table) != samples or len(answers) != samples:
         return whole
     return replace(whole, tokens=tokens[0], picked=tuple(_places(row) for row in table))
 
 
 def _moved(base: Tensor, other: Tensor, channel: int) -> Tensor:
-    """Where a tensor has changed by more than rounding, with its channels reduced to one."""
-    base = base.detach()
-    size = _norm(base, channel)
-    return _norm(other - base, channel) > max(1e-5, 2 * torch.finfo(base.dtype).eps) * size
+    """Where a tensor has changed by more than rounding, with its channels reduced to one.
+
+    A channel's change is measured by the largest change of that channel, so that neither a channel of huge value nor one
+    that changes hugely hides the others; channels that hardly change anywhere do not count.
+    """
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    change = (other.detach().to(wide) - base.detach().to(wide)).abs().nan_to_num(0, 0, 0)
+    rest = [d for d in range(change.ndim) if d != channel]
+    largest = change.amax(rest, keepdim=True)
+    counts = largest > 1e-6 * largest.max()
+    share = change / largest.clamp_min(torch.finfo(change.dtype).tiny)
+    return ((share > max(1e-5, torch.finfo(base.dtype).eps / 2)) & counts).any(channel, keepdim=True)
 
 
 def _moved_before(base: Captured, every: Captured, tensor: Tensor, channel: int) -> Tensor:
@@ -257,18 +292,20 @@ def _batch_dim(moved: Tensor, first: Tensor, dims: list[int], samples: int) -> t
         return (single or dims)[0], False
     for d in dims:
         held = _places(_over(moved, d))
-        places = [int((held == place).nonzero()) for place in _places(_over(first, d))]
-        count, rest = divmod(len(held), samples)
-        if rest == 0 and places == list(range(count)):
+        own = _places(_over(first, d))
+        if moved.shape[d] == samples and own == (0,):
             return d, False
-        if rest == 0 and places == list(range(0, len(held), samples)):
+        count, rest = divmod(len(held), samples)
+        if rest == 0 and own == held[:count]:
+            return d, False
+        if rest == 0 and own == held[::samples]:
             return d, True
     if moved.shape[0] == samples and not first.any():  # a layer that hardly answers at all
         return 0, False
     return None
 
 
-def _rows(ones: list[Tensor], dims: list[int]) -> tuple[int, tuple[Tensor, ...]] | None:
+def _rows(ones: list[Tensor], dims: list[int]) -> tuple[int, tuple[tuple[int, ...], ...]] | None:
     """The dimension along which every sample has places of its own, and those."""
     for d in dims:
         masks = torch.stack([_over(one, d) for one in ones])
@@ -289,12 +326,6 @@ def _channel(tensor: Tensor, weights: tuple[str, int, int] | None) -> int:
     return 1
 
 
-def _norm(tensor: Tensor, channel: int) -> Tensor:
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
-    norm: Tensor = torch.linalg.vector_norm(wide, dim=channel, keepdim=True)
-    return norm
-
-
 def _over(mask: Tensor, *kept: int) -> Tensor:
     """Whether anything holds along the dimensions kept, in their order."""
     dims = tuple(dict.fromkeys(kept))
@@ -302,8 +333,8 @@ def _over(mask: Tensor, *kept: int) -> Tensor:
     return mask.permute(*dims, *rest).reshape(*(mask.shape[d] for d in dims), -1).any(-1)
 
 
-def _places(mask: Tensor) -> Tensor:
-    return mask.nonzero().flatten().cpu()
+def _places(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())
 
 
 class _Watch(TorchDispatchMode):
@@ -313,6 +344,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.unmixed = unmixed
         self.weights: tuple[str, int, int] | None = None
+        self.softmax: Tensor | None = None
 
     def capture(self, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
         return Captured(capture(output).streams, self.weights)
@@ -332,6 +364,10 @@ class _Watch(TorchDispatchMode):
             else:
                 output.zero_()
         elif self.unmixed and name in ("_softmax", "_safe_softmax") and result.ndim > 2:
+            self.softmax = result
             if result.shape[-1] == result.shape[-2]:
                 result.copy_(torch.eye(result.shape[-1], dtype=result.dtype, device=result.device).expand_as(result))
+        elif name == "bmm" and self.softmax is not None and self.softmax.shape[-1] != self.softmax.shape[-2]:
+            if self.softmax.data_ptr() in (args[0].data_ptr(), args[1].data_ptr()):  # cross-attention by hand
+                result.zero_()
         return result

@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -16,8 +17,12 @@ from perceptual_diffusion._shapes import batch_size, leaves, map_tensors
 from perceptual_diffusion.features import FEATURES, Captured, Features, Part, capture, locate
 from perceptual_diffusion.types import Cond, Feature, FeatureSelect, ModelCall, Sample
 
-PLACES = ("mask", "ind", "lens", "tags", "segment")
+PLACES = ("mask", "ind", "len", "tag", "segment")
 """Words in the names of conditions that say where the tokens of a sequence are."""
+LOOKS = 4
+"""After so many masks that leave the noisy sample's tokens where they are, masks are looked at no more."""
+REMEMBERED = 64
+"""Masks whose layout is remembered, for each shape of the inputs."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -96,7 +101,7 @@ class ModuleTeacher:
         self.features = features
         if prepare is not None:
             prepare(self.module)
-        self._parts: dict[Any, list[tuple[Part, ...]]] = {}
+        self._parts: dict[str, dict[Any, list[tuple[Part, ...]]]] = {}
         self._unfrozen = False
 
     def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
@@ -125,9 +130,14 @@ class ModuleTeacher:
         x_t, cond = self._cast(x_t), self._cast(map_tensors(Tensor.detach, dict(cond)))
 
         def run(sample: Sample, select: FeatureSelect) -> list[Any]:
-            return taps.run(
-                self.module, self.layers, lambda: self.call(self.module, sample, t, cond), select=select, stop=self.stop
-            )
+            with _no_fast_path():
+                return taps.run(
+                    self.module,
+                    self.layers,
+                    lambda: self.call(self.module, sample, t, cond),
+                    select=select,
+                    stop=self.stop,
+                )
 
         grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t))
         if grad and not self._unfrozen:
@@ -161,14 +171,18 @@ class ModuleTeacher:
         handles = []
         for name in self.layers:
             parent, _, place = name.rpartition(".")
-            first = taps.layer(self.module, f"{parent}.0") if parent and place.isdecimal() else None
+            blocks = taps.layer(self.module, parent)._modules if parent and place.isdecimal() else {}
+            first = next(iter(blocks.values()), None)
             if first is not None:
                 handles.append(first.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         try:
             layers = run(sample, select)
         finally:
             for handle in handles:
                 handle.remove()
+            for buffer, before in buffers:
+                buffer.data.copy_(before)
         return [layer._replace(entered=entered.get(name, ())) for name, layer in zip(self.layers, layers, strict=True)]
 
     def _located(
@@ -176,14 +190,19 @@ class ModuleTeacher:
     ) -> list[tuple[Part, ...]]:
         """The noisy sample's part of each layer, found again when the layout of the inputs changes."""
         shapes = repr((_layout(x_t), _layout(cond)))
-        if shapes not in self._parts:
-            self._parts[shapes] = locate(run, x_t, self.layers, self.features)
-        if all(part.tokens is None for found in self._parts[shapes] for part in found):
-            return self._parts[shapes]
-        key = shapes, _places(cond)  # where tokens are picked, masks and indices may move them
-        if key not in self._parts:
-            self._parts[key] = locate(run, x_t, self.layers, self.features)
-        return self._parts[key]
+        seen = self._parts.setdefault(shapes, {})
+        places = _places(cond)
+        if places in seen:
+            return seen[places]
+        known = list(seen.values())
+        if len(known) >= LOOKS and all(parts == known[0] for parts in known):
+            return known[0]  # masks and indices do not move the sample's tokens in this model
+        if len(seen) >= REMEMBERED:
+            seen.pop(next(iter(seen)))
+        found = locate(run, x_t, self.layers, self.features)
+        if all(bool(leaf.isfinite().all()) for leaf in leaves(x_t)):  # what a broken batch shows is not kept
+            seen[places] = found
+        return found
 
     def _cast(self, value: Any) -> Any:
         """Give floating tensors the dtype of the weights, unless autocast sees to it."""
@@ -203,6 +222,17 @@ class ModuleTeacher:
         return sum(p.numel() for p in self.module.parameters())
 
 
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without torch's kernels for attention in eval mode without grad: they round otherwise than the pass with grad."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def _layout(value: Any) -> Any:
     """Shapes of tensors and values of numbers: what decides where the tokens of a sequence lie."""
     if isinstance(value, Tensor):
@@ -214,10 +244,16 @@ def _layout(value: Any) -> Any:
     return value if isinstance(value, bool | int | str | None) else type(value).__name__
 
 
-def _places(cond: Cond) -> tuple[bytes, ...]:
-    """The contents of masks and indices."""
-    held = (value for key, value in cond.items() if isinstance(value, Tensor) and any(word in key for word in PLACES))
-    return tuple(value.detach().cpu().float().numpy().tobytes() for value in held)
+def _places(value: Any, name: str = "") -> tuple[bytes, ...]:
+    """The contents of masks and indices, also in nested conditions."""
+    if isinstance(value, Tensor):
+        tells = value.dtype == torch.bool or any(word in name for word in PLACES)
+        return (value.detach().cpu().double().numpy().tobytes(),) if tells else ()
+    if isinstance(value, Mapping):
+        return tuple(place for key, item in value.items() for place in _places(item, f"{name} {key}"))
+    if isinstance(value, list | tuple):
+        return tuple(place for item in value for place in _places(item, name))
+    return ()
 
 
 class CopyTeacher(ModuleTeacher):

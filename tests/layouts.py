@@ -27,6 +27,19 @@ def by_grouped_sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k[:, ::2], v[:, ::2], enable_gqa=True)
 
 
+def by_masked_sdpa(q, k, v):
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def by_sdpa_of_three_dims(q, k, v):
+    return F.scaled_dot_product_attention(*(h.flatten(0, 1) for h in (q, k, v))).unflatten(0, q.shape[:2])
+
+
+def by_sdpa_with_scale(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, scale=0.5)
+
+
 def by_softmax(q, k, v):
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
@@ -46,7 +59,7 @@ def by_linear_attention(q, k, v):
 
 
 @torch.library.custom_op("layouts::attention", mutates_args=())
-def by_own_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def own_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Stands for the kernels of other packages (flash-attn, xformers, sage), which torch knows by their names only."""
     return by_sdpa(q, k, v).clone()
 
@@ -57,7 +70,11 @@ def _backward(ctx, gradient):
         return torch.autograd.grad(by_softmax(*given), given, gradient)
 
 
-by_own_kernel.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+own_kernel.register_autograd(_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def by_own_kernel(q, k, v):
+    return own_kernel(q, k, v)
 
 
 class Attention(nn.Module):
@@ -387,6 +404,22 @@ class TwoNoisy(nn.Module):
         return self.layer(self.joint(torch.cat([sound, text, image], 1)))
 
 
+class Halves(nn.Module):
+    """{"image": (B, 6, 3), "sound": (B, 4, 3)}: the sound behind two tokens of the text is as long as the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.see, self.hear = nn.Linear(3, C), nn.Linear(3, C)
+        self.blocks = nn.ModuleList(DualBlock(lambda a, b: (a, b)) for _ in range(2))
+
+    def forward(self, x, t, text):
+        sound = torch.cat([text[:, :2], self.hear(x["sound"])], 1)
+        image = self.see(x["image"]) + t[:, None, None]
+        for block in self.blocks:
+            sound, image = block(sound, image)
+        return image
+
+
 class Shared(nn.Module):
     """One block, run three times."""
 
@@ -439,6 +472,36 @@ class Interleaved(nn.Module):
     def forward(self, x, t, text):
         both = torch.stack([self.embed(x) + t.to(x.dtype)[:, None, None], text], 2).flatten(1, 2)
         return self.last(self.block(both))
+
+
+class Experts(nn.Module):
+    """A mixture: each token goes to the expert that likes it most, all tokens of an expert at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.route, self.experts = nn.Linear(C, 3), nn.ModuleList(nn.Linear(C, C) for _ in range(3))
+
+    def forward(self, x):
+        rows, weights = x.flatten(0, 1), self.route(x).softmax(-1).flatten(0, 1)
+        best, out = weights.argmax(-1), torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            (own,) = (best == i).nonzero(as_tuple=True)
+            out = out.index_copy(0, own, expert(rows[own]) * weights[own, i : i + 1])
+        return x + out.view(x.shape)
+
+
+class Mixture(nn.Module):
+    """[text; image] through mixtures of experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attention, self.last = nn.Linear(3, C), Attention(), nn.Linear(C, C)
+        self.first, self.second = Experts(), Experts()
+
+    def forward(self, x, t, text):
+        hidden = torch.cat([text, self.embed(x) + t.to(x.dtype)[:, None, None]], 1)
+        hidden = self.first(hidden)
+        return self.last(self.second(hidden + self.attention(hidden)))
 
 
 class Mixer(nn.Module):
@@ -582,6 +645,9 @@ CASES = {
     ),
     # kinds of attention
     "grouped heads": with_kernel(by_grouped_sdpa),
+    "a mask": with_kernel(by_masked_sdpa),
+    "heads folded into the batch": with_kernel(by_sdpa_of_three_dims),
+    "a scale": with_kernel(by_sdpa_with_scale),
     "softmax": with_kernel(by_softmax),
     "einsum": with_kernel(by_einsum),
     "einsum, heads last": with_kernel(by_einsum_with_heads_last),
@@ -601,6 +667,7 @@ CASES = {
     "TransformerEncoder, batch in dim 1": Case(
         make=lambda: Encoder(batch_first=False), layer="last", take=tokens_of_dim_1(M), cond=TEXT
     ),
+    "a mixture of experts": Case(make=Mixture, layer="last", take=tokens(M), cond=TEXT),
     # two streams
     **{f"dual, {n}": Case(make=lambda n=n: Dual(n), layer="blocks.1", take=image_of(n), cond=TEXT) for n in OUT},
     **{
@@ -631,6 +698,13 @@ CASES = {
     "two noisy streams, one sequence": Case(
         make=TwoNoisy, layer="layer", x={"image": TOKENS, "sound": normal(B, 4, 3)}, cond=TEXT,
         take=lambda out: [[torch.cat([row[:4], row[4 + M :]]) for row in out]],
+    ),
+    "two noisy streams of one length, a part of one clean": Case(
+        make=Halves,
+        layer="blocks.1",
+        x={"image": TOKENS, "sound": normal(B, 4, 3)},
+        cond=TEXT,
+        take=lambda out: [list(out[0][:, 2:]), list(out[1])],
     ),
     # where the batch is folded
     "frames (b f)": video(),

@@ -138,6 +138,21 @@ def test_a_checkpointed_student_passes():
     check(wrap(model), model, pictures())
 
 
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_student_passes_as_the_plain_one_does(wrapper):
+    model = ConvNet()
+    objective = wrap(model)
+    assert check(objective, wrapper(model), pictures()).loss == pytest.approx(check(objective, model, pictures()).loss)
+
+
+def test_the_loss_is_that_of_the_precision_trained_in():
+    model = ConvNet()
+    objective = wrap(model)
+    plain = check(objective, model, pictures()).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert check(objective, model, pictures()).loss != plain
+
+
 def test_a_new_model_whose_last_layer_is_zero_passes():
     model = ConvNet()
     nn.init.zeros_(model.head.weight)
@@ -337,13 +352,52 @@ def test_features_kept_from_an_earlier_pass_are_named():
 
 
 @pytest.mark.parametrize(
-    "change",
-    [lambda f: f * 0, lambda f: torch.ones_like(f) + 0 * f, lambda f: f / 0, lambda f: (f * 1e30).square() + f],
+    ("change", "words"),
+    [
+        (lambda f: f * 0, "is all zero"),
+        (lambda f: torch.ones_like(f) + 0 * f, "does not depend on the noisy sample"),
+        (lambda f: f / 0, "holds NaN or infinity"),
+        (lambda f: (f * 1e30).square() + f, "holds NaN or infinity"),
+    ],
     ids=["zero", "constant", "infinite", "overflow"],
 )
-def test_features_that_say_nothing_are_named(change):
+def test_features_that_say_nothing_are_named(change, words):
     model, features = ConvNet(), body(ConvNet())
-    assert fault(bare(lambda x, t, cond: [change(features(x, t, cond)[0])]), model) == "features"
+    with pytest.raises(SetupError, match=words) as caught:
+        check(bare(lambda x, t, cond: [change(features(x, t, cond)[0])]), model, pictures())
+    assert caught.value.fault == "features"
+
+
+def flat(function):
+    return lambda f, g: function(f - g).flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("distance", "words"),
+    [
+        (flat(lambda d: d.square() * 1e300 * 1e300), "the loss is NaN or infinite"),
+        (flat(lambda d: d.square() + (d * 0).sqrt()), "the gradient of the loss is NaN"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_is_named(distance, words):
+    model = ConvNet()
+    with pytest.raises(SetupError, match=words) as caught:
+        check(wrap(model, distance=distance), model, pictures())
+    assert caught.value.fault == "loss"
+
+
+def test_a_gradient_of_a_weight_that_is_not_finite_is_named():
+    class Rooted(ConvNet):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t):
+            return super().forward(x, t) + self.gain.sqrt()
+
+    model = Rooted()
+    with pytest.raises(SetupError, match="the gradient of a weight is NaN"):
+        check(wrap(model), model, pictures())
 
 
 def test_a_layer_beside_the_path_of_the_sample_is_named():
@@ -523,6 +577,30 @@ def test_a_gradient_of_the_wrong_size_or_with_a_part_missing_is_named(keep):
         check(smaller, model, pictures())
 
 
+def test_a_gradient_that_is_right_along_the_error_alone_is_named():
+    """What is added to it is at right angles to the error of the prediction."""
+    model, features, true = ConvNet(), body(ConvNet()), []
+
+    class Astray(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            error = (ctx.saved_tensors[0] - true[0]).flatten(1)
+            other = torch.randn_like(error)
+            other -= (other * error).sum(1, keepdim=True) / error.square().sum(1, keepdim=True) * error
+            return grad + (other * grad.norm() / other.norm()).view_as(grad)
+
+    def teacher(x, t, cond):
+        true.append(x.detach().clone())  # the first is the true pair
+        return features(Astray.apply(x), t, cond)
+
+    assert fault(bare(teacher), model) == "gradient"
+
+
 class LoRA(nn.Module):
     """A frozen convolution with two adapters, of which one or none is active."""
 
@@ -615,7 +693,8 @@ def test_a_teacher_that_leaves_the_students_adapters_switched_is_named():
         model.stem.active = model.body.active = None
         return [model.hidden(x)]
 
-    assert fault(bare(features), model) == "gradient"
+    with pytest.raises(SetupError, match="gives another output after the teacher's pass"):
+        check(bare(features), model, pictures())
 
 
 @AT_THE_TRUE_PAIR
@@ -729,6 +808,18 @@ def test_a_check_changes_nothing_of_the_training_that_follows():
             optimizer.step()
             losses.append(loss.item())
     assert losses[:3] == losses[3:]
+
+
+def test_what_the_model_does_to_its_condition_stays_in_the_check():
+    class Greedy(ConvNet):
+        def forward(self, x, t, shift):
+            with torch.no_grad():
+                shift.add_(1)
+            return super().forward(x, t + shift)
+
+    model, cond = Greedy(), {"shift": torch.zeros(4)}
+    check(bare(body(ConvNet())), model, pictures(), cond=cond)
+    assert not cond["shift"].any()
 
 
 def test_a_generator_given_draws_other_batches_and_none_given_the_same():
@@ -856,6 +947,15 @@ def test_a_new_model_on_pictures_is_no_error_whatever_it_is_said_to_predict(base
     schedule = schedules.Discrete.scaled_linear()
     objective = SelfPerceptualObjective.wrap(model, schedule, prediction=prediction, layers=layer, call=call)
     check(objective, model, clean, cond=cond if seed % 2 else None, generator=torch.Generator().manual_seed(seed))
+
+
+def test_of_a_few_numbers_nothing_is_read():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = MLP()
+        for parameter in model.parameters():
+            parameter.data.mul_(3)
+        check(wrap(model, layers="middle"), model, torch.randn(1, 5), generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_model_with_a_learned_variance_passes():

@@ -20,30 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 T = torch.tensor([120.0, 480.0, 870.0])
 
-FAULTS = {
-    "LTX, tokens behind": "tokens joined behind are cut as if they were in front: the reference is taken for the prediction",
-    "LTX by default, channels": "a clean condition on the channels sets the time of as many tokens to 0",
-    "Wan, channels in front": "a clean condition on the channels sets the time of as many frames to 0",
-    "Wan, frames behind": "the prediction of frames joined behind is not cut off",
-    "Kandinsky6, channels in front, a dict": "a dict in front raises an AttributeError",
-    "Z-Image, channels in front, a list": "a list in front raises an AttributeError",
-    "a name that the sample does not have": "a clean part of an unknown name is dropped without a word",
-    "a tensor for several noisy arguments": "torch's own error, which does not say what to pass",
-    "twice the batch": "a batch of another size is cut to the first half",
-    "twice the height": "a larger map is cut to its corner",
-    "more channels": "channels that are no variance are cut off",
-    "Linear(3)": "the model is given the time, of which sigma is another function where the schedule has a shift",
-    "a pipeline without a denoiser": "the message names a VAE as what to pass",
-    **dict.fromkeys(
-        (
-            "AceStepTransformer1DModel", "HunyuanDiT2DModel", "HunyuanImageTransformer2DModel",
-            "HunyuanVideo15Transformer3DModel", "Ideogram4Transformer2DModel", "MiniMaxMusic3Transformer1DModel",
-            "StableCascadeUNet",
-        ),
-        "the time is float32, which the class multiplies by its weights",
-    ),
-    "LongCatAudioDiTTransformer": "in bfloat16 a token is taken for clean",
-}  # fmt: skip
+FAULTS = {}
+"""Known limits: the reason by case."""
 
 
 def marked(table):
@@ -184,9 +162,9 @@ def test_of_a_list_each_sample_is_joined_along_its_own_dimension(before):
     case = Called("ZImageTransformer2DModel")
     x = case.tiny.clean
     clean = [normal(4, 1, 16, 16, seed=10 + i) for i in range(B)]
-    found = case(x, concat=Concat(clean, dim=2, first=before))
+    found = case(x, concat=Concat(clean, dim=-2, first=before))
     pairs = [(c, v) if before else (v, c) for c, v in zip(clean, x, strict=True)]
-    assert all(torch.equal(a, torch.cat(pair, 2)) for a, pair in zip(case.given["x"], pairs, strict=True))
+    assert all(torch.equal(a, torch.cat(pair, -2)) for a, pair in zip(case.given["x"], pairs, strict=True))
     assert [f.shape for f in found] == [v.shape for v in x]
 
 
@@ -320,7 +298,6 @@ OTHER_SIZES = {
     "fewer channels": normal(B, 2, 8, 8),
     "another rank": normal(B, 3, 64),
 }
-FAULTS |= {"twice the width": FAULTS["twice the height"]}
 
 
 @pytest.mark.parametrize("output", marked(OTHER_SIZES))
@@ -493,7 +470,7 @@ def test_a_pipeline_of_two_denoisers_names_both():
         transformer=expert[0], transformer_2=other, vae=wan_vae(), scheduler=expert[1].scheduler(), boundary_ratio=0.9,
         **no_text(""),
     )  # fmt: skip
-    message = "WanPipeline has 2 denoisers: transformer, transformer_2. Pass one of `pipeline.transformer`, `pipeline.transformer_2` and `pipeline.scheduler`"
+    message = "WanPipeline has 2 denoisers.* Pass one of `pipeline.transformer`, `pipeline.transformer_2`,? and `pipeline.scheduler`"
     with pytest.raises(ValueError, match=message):
         SelfPerceptualObjective.wrap(pipeline)
     assert SelfPerceptualObjective.wrap(pipeline.transformer_2, pipeline.scheduler).prediction.name == "flow_prediction"

@@ -728,7 +728,11 @@ BAD_LOSS = {
         r"`noise` has shape \(2, 3, 4\), expected \{'a': \(2, 3, 4\)\}",
         {"clean": {"a": X}},
     ),
-    "nested clean of two batch sizes": (ValueError, "`clean` .*differ in the number of samples", {"clean": {"a": X, "b": X[:1]}}),
+    "nested clean of two batch sizes": (
+        ValueError,
+        "`clean` .*differ in the number of samples",
+        {"clean": {"a": X, "b": X[:1]}},
+    ),
     "t negative": (ValueError, "`t` holds -1, expected times from 0 to 999", {"t": torch.tensor([-1, 2])}),
     "t too large": (ValueError, "`t` holds 1000, expected times from 0 to 999", {"t": torch.tensor([1000, 2])}),
     "t is nan": (ValueError, "`t` holds NaN, expected times from 0 to 999", {"t": torch.tensor([math.nan, 2])}),
@@ -853,7 +857,11 @@ WRAP = {
     ),
     "layers is a number": (TypeError, "`layers` is 3, expected a dotted name or a list", {"layers": 3}),
     "layers is empty": (TypeError, r"`layers` is \[\], expected a dotted name", {"layers": []}),
-    "no layers for an unknown class": (ValueError, "the middle of ConvNet cannot be told.*Pass `layers=", {"layers": None}),
+    "no layers for an unknown class": (
+        ValueError,
+        "the middle of ConvNet cannot be told.*Pass `layers=",
+        {"layers": None},
+    ),
     "no prediction": (ValueError, "`prediction` is missing", {"prediction": None}),
     "schedule is a pair of functions": (
         TypeError,

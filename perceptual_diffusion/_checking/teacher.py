@@ -11,7 +11,7 @@ from perceptual_diffusion._checking.batch import Batch
 from perceptual_diffusion._checking.numbers import TINY, equal, finite, inner
 from perceptual_diffusion._checking.report import FeatureReport, SetupError, describe_feature, named
 from perceptual_diffusion._checking.watch import Watch, acts_in_training, parameters_of_graph, same_randomness
-from perceptual_diffusion._shapes import describe, first, leaves, map_leaves, map_scaled, over, result_dtype
+from perceptual_diffusion._shapes import describe, first, leaves, map_leaves, map_scaled, over
 from perceptual_diffusion.renoising import mix_samples, prediction_error
 from perceptual_diffusion.schedules import precise
 from perceptual_diffusion.types import Sample
@@ -38,18 +38,9 @@ class TeacherStep:
         self.batch, self.predicted, self.trained, self.watch = batch, predicted, trained, watch
         self.teacher = batch.objective.teacher
         self.error = prediction_error(predicted, batch.clean, batch.noise, batch.system)
-        self.target = self._target()
+        self.target = mix_samples(batch.clean, batch.noise, (batch.system.a, batch.system.b))
         self._bare = copy.copy(batch.objective)  # takes ŷ itself, gives L_sp alone, and keeps its `terms` to itself
         self._bare.output, self._bare.mse_weight = (lambda given, x_t: given), 0.0
-
-    def _target(self) -> Sample:
-        """Give y, rounded as the objective rounds it beside this prediction."""
-        batch = self.batch
-        kinds = map_leaves(
-            lambda *x: x[0].new_empty(0, dtype=result_dtype(*x)), self.predicted, batch.clean, batch.noise
-        )
-        pair = (map_leaves(lambda x, k: x.to(k.dtype), sample, kinds) for sample in (batch.clean, batch.noise))
-        return mix_samples(*pair, (batch.system.a, batch.system.b))
 
     def features(self) -> list[FeatureReport]:
         """Look at the features of the true pair."""
@@ -152,7 +143,7 @@ class TeacherStep:
         with named("no_gradient", "the teacher gives no gradient to the prediction"):
             losses = self._loss(leaf)
         self.watch.hold(parameters_of_graph(losses))
-        with named("gradient", "the backward through the teacher fails"), same_randomness(), self.watch.recomputing():
+        with named("gradient", "the backward through the teacher fails"), same_randomness():
             losses.sum().backward()
         gradient = map_leaves(lambda x: torch.zeros_like(x) if x.grad is None else x.grad, leaf)
         if not any(bool(g.any()) for g in leaves(gradient)):
@@ -199,7 +190,7 @@ class TeacherStep:
         unsure, wrong = min(judged, default=(1.0, 0.0))
         if unsure <= ROUGH and wrong <= SLOPE + 2 * unsure:
             return
-        if unsure > ROUGH or (self._is_coarse() and not self.watch.recomputed):
+        if unsure > ROUGH or self._is_coarse():
             self.batch.warnings.append(
                 f"the gradient of the loss could not be held against its slope, from which it differs by {wrong:.0%}: the loss "
                 "is too rough. Check once with `model` and teacher in float32, without autocast."

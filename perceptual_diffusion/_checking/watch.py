@@ -80,8 +80,6 @@ class Watch:
     def __init__(self, teacher: Any) -> None:
         inner = getattr(teacher, "module", None)
         self.modules: dict[nn.Module, None] = dict.fromkeys(inner.modules() if isinstance(inner, nn.Module) else ())
-        self.recomputed = False
-        """Whether the backward has run a module that the forward had not."""
         self._ran: set[nn.Module] = set()
         self._held: dict[Tensor, Tensor | None] = {}
         self._seen: dict[Tensor, Tensor] = {}
@@ -98,19 +96,6 @@ class Watch:
         with torch.no_grad():
             for buffer, before in self._buffers.items():
                 buffer.copy_(before)
-
-    @contextlib.contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """See which modules run inside that did not run in a forward."""
-
-        def see(module: nn.Module, args: Any) -> None:
-            self.recomputed |= module not in self._ran
-
-        handle = register_module_forward_pre_hook(see)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:

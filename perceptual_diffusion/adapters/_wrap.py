@@ -13,7 +13,7 @@ from perceptual_diffusion.adapters import edm
 from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known, without_variance
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
 from perceptual_diffusion.features import Features
-from perceptual_diffusion.schedules import EDM, Schedule
+from perceptual_diffusion.schedules import EDM, Linear, Schedule
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher, same_storage
 from perceptual_diffusion.types import Cond, ModelCall
 
@@ -71,10 +71,14 @@ def denoiser(pipeline: Any) -> nn.Module:
     found = [name for name, part in models.items() if part is not None and is_known(part)]
     if len(found) == 1:
         return models[found[0]]
-    what = "no known denoiser" if not found else f"{len(found)} denoisers: {', '.join(found)}"
-    names = found or list(models)
+    if not found:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no known denoiser among {', '.join(models) or 'its components'}. Pass the model "
+            "itself, and `pipeline.scheduler`."
+        )
     raise ValueError(
-        f"{type(pipeline).__name__} has {what}. Pass one of {', '.join(f'`pipeline.{name}`' for name in names) or 'its models'} and `pipeline.scheduler`."
+        f"{type(pipeline).__name__} has {len(found)} denoisers: {', '.join(found)}. Pass one of "
+        f"{', '.join(f'`pipeline.{name}`' for name in found)} and `pipeline.scheduler`."
     )
 
 
@@ -139,7 +143,8 @@ class _ModelTime:
     def __call__(self, x_t: Any, t: Tensor) -> tuple[Any, Tensor]:
         if self.unit == "timestep" and self.schedule.discrete:
             return x_t, t.float()
-        level = self.schedule.level(t)
+        linear = isinstance(self.schedule, Linear)
+        level = self.schedule(t)[1] if linear else self.schedule.level(t)  # a flow's time is sigma, whatever the shift
         if self.unit.startswith("reversed"):
             level = 1 - level
         return x_t, (level * 1000 if self.unit.endswith("timestep") else level).float()

@@ -4,6 +4,7 @@ A line says what cannot be seen in the model: where its middle is, in which unit
 predict, and which of its arguments are noisy. Batch layout, streams and tokens are found (`perceptual_diffusion.features`).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Concat(NamedTuple):
 
     Attributes:
         clean: the condition, in the model's layout; for several noisy arguments a dict by their names.
-        dim: the dimension along which it is joined; None: the family's.
+        dim: the dimension along which it is joined, of a list that of its tensors; None: the family's.
         first: whether it comes before the sample rather than behind it; None: as in the family.
     """
 
@@ -59,6 +60,9 @@ class Family:
             makes it one ("": always).
         concat: dimension along which `cond["concat"]` is joined to the sample.
         first: whether it comes before the sample.
+        held: dimension along which a condition before the sample has time 0.
+        channel: dimension of the channels; None: 2 of tokens (B, N, C), else 1.
+        round_time: whether the class takes its time in the dtype of its weights, as its pipeline gives it.
         select: takes the noisy sample's part out of the middle's output, where it cannot be found.
         flex: whether its attention is FlexAttention, which has no backward on a CPU.
         truncate: whether a copy may drop the blocks behind the middle: not where the model looks at all of them.
@@ -78,6 +82,9 @@ class Family:
     second: Mapping[str, str] = field(default_factory=dict)
     concat: int = 1
     first: bool = False
+    held: int | None = None
+    channel: int | None = None
+    round_time: bool = False
     select: FeatureSelect | None = None
     flex: bool = False
     truncate: bool = True
@@ -111,20 +118,17 @@ class Family:
             raise ValueError(
                 f"{type(inner).__name__} uses FlexAttention, which has no backward on a CPU. Move the model and its inputs to a GPU."
             )
-        held, cut, x = 0, None, x_t
+        held, x = 0, x_t
+        dim, before = self.concat, self.first
         if clean is not None:
             clean = clean if isinstance(clean, Concat) else Concat(clean)
-            dim = self.concat if clean.dim is None else clean.dim
-            before = self.first if clean.first is None else clean.first
+            dim = dim if clean.dim is None else clean.dim
+            before = before if clean.first is None else clean.first
             x = _join(x_t, clean.clean, dim, before)
-            held = clean.clean.shape[dim] if before and isinstance(clean.clean, Tensor) else 0
-            cut = dim if before and not self.first else None
+            if before and dim == self.held and isinstance(clean.clean, Tensor):
+                held = clean.clean.shape[dim]
         noisy = self.pack(x)
-        for name in noisy.keys() - set(self.noisy):
-            raise ValueError(
-                f"the sample has the part {name!r}, expected {' and '.join(map(repr, self.noisy))}, the noisy arguments of "
-                f"{type(inner).__name__}."
-            )
+        self._check_parts(inner, noisy, given)
         second = [name for name, setting in self.second.items() if not setting or inner.config.get(setting)]
         for name in second:
             if given.get(name) is None:
@@ -135,8 +139,25 @@ class Family:
         time = t if self.spread is None else self.spread(inner, t, x, held, given)
         for name in second:
             given[name] = given[name](time) if callable(given[name]) else given[name]
-        output = model(**noisy, **(time if isinstance(time, dict) else dict.fromkeys(self.times, time)), **given)
-        return output if cut is None else _last(self.output(output, x_t), x_t, cut)
+        times = time if isinstance(time, dict) else dict.fromkeys(self.times, time)
+        if self.round_time and first(x_t).dtype in (torch.float16, torch.bfloat16):
+            times = {name: value.to(first(x_t).dtype) for name, value in times.items()}
+        output = model(**noisy, **times, **given)
+        return output if (dim, before) == (self.concat, self.first) else self._take(output, x_t, dim, before)
+
+    def _check_parts(self, model: Any, noisy: dict[str, Any], given: dict[str, Any]) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        needed = [
+            name for name in self.noisy if name in parameters and parameters[name].default is inspect.Parameter.empty
+        ]
+        unknown = [name for name in noisy if name not in self.noisy]
+        missing = [name for name in needed if name not in noisy and name not in given]
+        if unknown or missing:
+            what = f"has the part {unknown[0]!r}" if unknown else f"lacks the part {missing[0]!r}"
+            raise ValueError(
+                f"the sample {what}, expected {' and '.join(map(repr, self.noisy))}, the noisy arguments of "
+                f"{type(model).__name__}. Pass a dict of them, or a part that is not noisy in `cond`."
+            )
 
     def pack(self, x: Any) -> dict[str, Any]:
         """Give the noisy arguments."""
@@ -144,6 +165,9 @@ class Family:
 
     def output(self, output: Any, x_t: Sample) -> Sample:
         """Take the prediction out of the output, without a learned variance or tokens of a joined condition."""
+        return self._take(output, x_t, self.concat, self.first)
+
+    def _take(self, output: Any, x_t: Any, dim: int, before: bool) -> Sample:
         if _is_like(output, x_t):
             return cast(Sample, output)  # taken out already
         parts = {
@@ -151,8 +175,8 @@ class Family:
             for i, (name, field) in enumerate(zip(self.noisy, self.outputs, strict=True))
         }
         if isinstance(x_t, dict):
-            return {name: self._fit(parts.get(name), part) for name, part in x_t.items()}
-        return cast(Sample, self._fit(parts[self.noisy[0]], x_t))
+            return {name: self._fit(parts.get(name), part, dim, before) for name, part in x_t.items()}
+        return cast(Sample, self._fit(parts[self.noisy[0]], x_t, dim, before))
 
     def _part(self, output: Any, name: str, place: int) -> Any:
         if hasattr(output, name):
@@ -161,15 +185,19 @@ class Family:
             return output[place] if place < len(output) else None
         return output
 
-    def _fit(self, prediction: Any, like: Any) -> Any:
+    def _fit(self, prediction: Any, like: Any, dim: int, before: bool) -> Any:
         if isinstance(prediction, list | tuple) and isinstance(like, list) and len(prediction) == len(like):
-            return [self._fit(p, x) for p, x in zip(prediction, like, strict=True)]
+            after = dim + 1 if dim >= 0 else dim  # of tensors without a batch dimension
+            return [self._fit(p[None], x[None], after, before)[0] for p, x in zip(prediction, like, strict=True)]
         if not isinstance(prediction, Tensor) or not isinstance(like, Tensor) or prediction.ndim != like.ndim:
             return prediction
-        for dim, (size, wanted) in enumerate(zip(prediction.shape, like.shape, strict=True)):
-            joined = dim == self.concat % like.ndim  # tokens or frames of a joined condition
-            if size > wanted and (joined or size == 2 * wanted):  # or a variance behind the mean
-                prediction = prediction.narrow(dim, size - wanted if joined and self.first else 0, wanted)
+        channel = (2 if like.ndim == 3 else 1) if self.channel is None else self.channel % like.ndim
+        if channel < like.ndim and prediction.shape[channel] == 2 * like.shape[channel]:  # mean and variance
+            prediction = prediction.narrow(channel, 0, like.shape[channel])
+        dim = dim % like.ndim
+        size, wanted = prediction.shape[dim], like.shape[dim]
+        if size > wanted and dim != channel:  # tokens or frames of a joined condition
+            prediction = prediction.narrow(dim, size - wanted if before else 0, wanted)
         return prediction
 
     def prepare(self, teacher: nn.Module) -> None:
@@ -227,21 +255,25 @@ def _is_like(output: Any, x_t: Any) -> bool:
     return isinstance(x_t, dict) and type(output) is dict and output.keys() == x_t.keys()
 
 
-def _join(x: Any, clean: Any, dim: int, first: bool) -> Any:
+def _join(x: Any, clean: Any, dim: int, before: bool) -> Any:
     if isinstance(x, dict):
-        return {key: _join(x[key], clean[key], dim, first) if key in clean else x[key] for key in x}
+        clean = clean if isinstance(clean, dict) else {"": clean}
+        unknown = [key for key in clean if key not in x]
+        if unknown:
+            raise ValueError(
+                f"`cond['concat']` has the part {unknown[0]!r}, expected a dict with some of {', '.join(map(repr, x))}, to which "
+                "its parts are joined."
+            )
+        return {key: _join(x[key], clean[key], dim, before) if key in clean else x[key] for key in x}
     if isinstance(x, list):
-        return [[*b, a] if isinstance(b, list) else _join(a, b, dim, first) for a, b in zip(x, clean, strict=True)]
+        inner = dim - 1 if dim > 0 else dim
+        return [[*b, a] if isinstance(b, list) else _join(a, b, inner, before) for a, b in zip(x, clean, strict=True)]
     if not isinstance(clean, Tensor) or clean.ndim != x.ndim:
         raise ValueError(
             f"`cond['concat']` is {describe(clean)}, expected a tensor that is joined to the sample {describe(x)} along "
             f"dimension {dim}."
         )
-    return torch.cat([clean.to(x.dtype), x] if first else [x, clean.to(x.dtype)], dim)
-
-
-def _last(prediction: Any, like: Any, dim: int) -> Any:
-    return prediction.narrow(dim, prediction.shape[dim] - like.shape[dim], like.shape[dim])
+    return torch.cat([clean.to(x.dtype), x] if before else [x, clean.to(x.dtype)], dim)
 
 
 def middle_of(model: nn.Module, path: str) -> str:
@@ -375,13 +407,13 @@ FAMILIES: dict[str, Family] = {
     "AudioLDM2UNet2DConditionModel": Family(modality="audio", middle="mid_block", **SAMPLE),
     "UNet3DConditionModel": Family(modality="video", middle="mid_block", **SAMPLE),
     "UNetMotionModel": Family(modality="video", middle="mid_block", **SAMPLE),
-    "UNetSpatioTemporalConditionModel": Family(modality="video", middle="mid_block", concat=2, **SAMPLE),
+    "UNetSpatioTemporalConditionModel": Family(channel=2, modality="video", middle="mid_block", concat=2, **SAMPLE),
     "I2VGenXLUNet": Family(modality="video", middle="mid_block", **SAMPLE),
     "Kandinsky3UNet": Family(modality="image", middle="down_blocks.-1", **SAMPLE),
     "DreamLiteUNetModel": Family(
         modality="image", middle="mid_block", prediction=FLOW, concat=-1, select=_left_half, **SAMPLE
     ),
-    "StableCascadeUNet": Family(
+    "StableCascadeUNet": Family(round_time=True, 
         modality="image", middle="down_blocks.-1.-1", time="unit", times=("timestep_ratio",), **SAMPLE
     ),
     "UniDiffuserModel": Family(
@@ -398,7 +430,7 @@ FAMILIES: dict[str, Family] = {
     "DreamLiteTransformer2DModel": Family(modality="building block", refused=BUILDING_BLOCK),
     "TransformerTemporalModel": Family(modality="building block", refused=BUILDING_BLOCK),
     "PixArtTransformer2DModel": Family(modality="image", middle=BLOCKS),
-    "HunyuanDiT2DModel": Family(modality="image", middle="blocks"),
+    "HunyuanDiT2DModel": Family(round_time=True, modality="image", middle="blocks"),
     "SanaTransformer2DModel": Family(modality="image", middle=BLOCKS, prediction=FLOW, spread=_times_config),
     "LuminaNextDiT2DModel": Family(modality="image", middle="layers", time="reversed unit", prediction=DATAWARD),
     "Lumina2Transformer2DModel": Family(modality="image", middle="layers", time="reversed unit", prediction=DATAWARD),
@@ -413,7 +445,7 @@ FAMILIES: dict[str, Family] = {
         note="latent models predict the velocity, pixel models the clean sample",
     ),
     "Krea2Transformer2DModel": Family(modality="image", middle=BLOCKS, time="unit", prediction=FLOW),
-    "Ideogram4Transformer2DModel": _Ideogram4(
+    "Ideogram4Transformer2DModel": _Ideogram4(round_time=True, 
         modality="image", middle="layers", time="reversed unit", prediction=DATAWARD, first=True
     ),
     "OmniGenTransformer2DModel": Family(modality="image", middle="layers", time="reversed unit", prediction=DATAWARD),
@@ -437,7 +469,7 @@ FAMILIES: dict[str, Family] = {
         modality="image", middle="double_stream_blocks+single_stream_blocks", prediction=DATAWARD, times=("timesteps",),
         awake=("MOEFeedForwardSwiGLU",),
     ),
-    "HunyuanImageTransformer2DModel": Family(
+    "HunyuanImageTransformer2DModel": Family(round_time=True, 
         modality="image", middle=DUAL, prediction=FLOW, second={"timestep_r": "use_meanflow"}
     ),
     "FluxTransformer2DModel": Family(modality="image", middle=DUAL, time="unit", prediction=FLOW),
@@ -452,11 +484,11 @@ FAMILIES: dict[str, Family] = {
     "LongCatImageTransformer2DModel": Family(modality="image", middle=DUAL, time="unit", prediction=FLOW),
     "OvisImageTransformer2DModel": Family(modality="image", middle=DUAL, time="unit", prediction=FLOW),
     "QwenImageTransformer2DModel": Family(modality="image", middle=BLOCKS, time="unit", prediction=FLOW),
-    "JoyImageEditTransformer3DModel": Family(modality="image", middle="double_blocks", prediction=FLOW, first=True),
-    "JoyImageEditPlusTransformer3DModel": Family(modality="image", middle="double_blocks", prediction=FLOW),
+    "JoyImageEditTransformer3DModel": Family(channel=2, modality="image", middle="double_blocks", prediction=FLOW, first=True),
+    "JoyImageEditPlusTransformer3DModel": Family(channel=2, modality="image", middle="double_blocks", prediction=FLOW),
     # video
-    "WanTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW, spread=_patches_if_held),
-    "SkyReelsV2Transformer3DModel": Family(
+    "WanTransformer3DModel": Family(held=2, modality="video", middle="blocks", prediction=FLOW, spread=_patches_if_held),
+    "SkyReelsV2Transformer3DModel": Family(held=2, 
         modality="video", middle="blocks", prediction=FLOW, spread=_forced_frames
     ),
     "ChronoEditTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
@@ -465,19 +497,19 @@ FAMILIES: dict[str, Family] = {
     "WanAnimate2Transformer3DModel": Family(
         modality="video", middle="blocks", prediction=FLOW, flex=True, note="lists of samples (C, F, H, W)"
     ),
-    "AnyFlowTransformer3DModel": Family(
+    "AnyFlowTransformer3DModel": Family(channel=2, 
         modality="video", middle="blocks", prediction=FLOW, spread=_each_frame, second={"r_timestep": ""}, concat=2
     ),
-    "AnyFlowFARTransformer3DModel": Family(
+    "AnyFlowFARTransformer3DModel": Family(channel=2, 
         modality="video", middle="blocks", prediction=FLOW, spread=_each_frame, second={"r_timestep": ""}, concat=2,
         flex=True,
     ),
     "HeliosTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
-    "CogVideoXTransformer3DModel": Family(modality="video", middle=BLOCKS, concat=2),
-    "ConsisIDTransformer3DModel": Family(modality="video", middle=BLOCKS, concat=2),
+    "CogVideoXTransformer3DModel": Family(channel=2, modality="video", middle=BLOCKS, concat=2),
+    "ConsisIDTransformer3DModel": Family(channel=2, modality="video", middle=BLOCKS, concat=2),
     "AllegroTransformer3DModel": Family(modality="video", middle=BLOCKS),
     "LatteTransformer3DModel": Family(modality="video", middle="transformer_blocks&temporal_transformer_blocks"),
-    "LTXVideoTransformer3DModel": Family(
+    "LTXVideoTransformer3DModel": Family(held=1, 
         modality="video", middle=BLOCKS, prediction=FLOW, spread=_token_if_held, first=True
     ),
     "LTX2VideoTransformer3DModel": Family(
@@ -500,25 +532,25 @@ FAMILIES: dict[str, Family] = {
     "EasyAnimateTransformer3DModel": Family(modality="video", middle=BLOCKS, prediction=FLOW),
     "HunyuanVideoTransformer3DModel": Family(modality="video", middle=DUAL, prediction=FLOW),
     "HunyuanVideoFramepackTransformer3DModel": Family(modality="video", middle=DUAL, prediction=FLOW),
-    "HunyuanVideo15Transformer3DModel": Family(
+    "HunyuanVideo15Transformer3DModel": Family(round_time=True, 
         modality="video", middle=BLOCKS, prediction=FLOW, second={"timestep_r": "use_meanflow"}
     ),
     "MotifVideoTransformer3DModel": Family(modality="video", middle=DUAL, prediction=FLOW),
-    "Kandinsky5Transformer3DModel": Family(
+    "Kandinsky5Transformer3DModel": Family(channel=-1, 
         modality="video", middle="visual_transformer_blocks", prediction=FLOW, concat=-1
     ),
-    "Kandinsky6Transformer3DModel": Family(
+    "Kandinsky6Transformer3DModel": Family(channel=-1, 
         modality="video, audio", middle="visual_transformer_blocks", prediction=FLOW, concat=-1,
         noisy=("hidden_states", "audio_hidden_states"), outputs=("sample", "audio_sample"),
     ),
-    "Kandinsky6SRTransformer3DModel": Family(
+    "Kandinsky6SRTransformer3DModel": Family(channel=-1, 
         modality="video", middle="visual_transformer_blocks", prediction=FLOW, concat=-1,
         flex=True,
     ),
-    "SanaVideoTransformer3DModel": Family(
+    "SanaVideoTransformer3DModel": Family(held=2, 
         modality="video", middle=BLOCKS, prediction=FLOW, spread=_grid_if_held, concat=2, first=True
     ),
-    "SanaWMTransformer3DModel": Family(
+    "SanaWMTransformer3DModel": Family(held=2, 
         modality="video", middle="blocks", prediction=FLOW, spread=_channel_frame, concat=2, first=True
     ),
     "MiniMaxH3Transformer3DModel": Family(
@@ -529,11 +561,11 @@ FAMILIES: dict[str, Family] = {
     # audio and others
     "StableAudioDiTModel": Family(modality="audio", middle=BLOCKS),
     "StableAudio3DiTModel": Family(modality="audio", middle=BLOCKS, time="unit", prediction=FLOW),
-    "AceStepTransformer1DModel": Family(
+    "AceStepTransformer1DModel": Family(round_time=True, 
         modality="audio", middle="layers", time="unit", prediction=FLOW, times=("timestep", "timestep_r")
     ),
     "LongCatAudioDiTTransformer": Family(modality="audio", middle="blocks", time="reversed unit", prediction=DATAWARD),
-    "MiniMaxMusic3Transformer1DModel": Family(
+    "MiniMaxMusic3Transformer1DModel": Family(round_time=True, 
         modality="music", middle=BLOCKS, time="reversed unit", prediction=DATAWARD
     ),
     "T5FilmDecoder": Family(
