@@ -413,7 +413,7 @@ FAMILIES: dict[str, Family] = {
     "DreamLiteUNetModel": Family(
         modality="image", middle="mid_block", prediction=FLOW, concat=-1, select=_left_half, **SAMPLE
     ),
-    "StableCascadeUNet": Family(round_time=True, 
+    "StableCascadeUNet": Family(round_time=True,
         modality="image", middle="down_blocks.-1.-1", time="unit", times=("timestep_ratio",), **SAMPLE
     ),
     "UniDiffuserModel": Family(
@@ -445,7 +445,7 @@ FAMILIES: dict[str, Family] = {
         note="latent models predict the velocity, pixel models the clean sample",
     ),
     "Krea2Transformer2DModel": Family(modality="image", middle=BLOCKS, time="unit", prediction=FLOW),
-    "Ideogram4Transformer2DModel": _Ideogram4(round_time=True, 
+    "Ideogram4Transformer2DModel": _Ideogram4(round_time=True,
         modality="image", middle="layers", time="reversed unit", prediction=DATAWARD, first=True
     ),
     "OmniGenTransformer2DModel": Family(modality="image", middle="layers", time="reversed unit", prediction=DATAWARD),
@@ -469,7 +469,7 @@ FAMILIES: dict[str, Family] = {
         modality="image", middle="double_stream_blocks+single_stream_blocks", prediction=DATAWARD, times=("timesteps",),
         awake=("MOEFeedForwardSwiGLU",),
     ),
-    "HunyuanImageTransformer2DModel": Family(round_time=True, 
+    "HunyuanImageTransformer2DModel": Family(round_time=True,
         modality="image", middle=DUAL, prediction=FLOW, second={"timestep_r": "use_meanflow"}
     ),
     "FluxTransformer2DModel": Family(modality="image", middle=DUAL, time="unit", prediction=FLOW),
@@ -488,7 +488,7 @@ FAMILIES: dict[str, Family] = {
     "JoyImageEditPlusTransformer3DModel": Family(channel=2, modality="image", middle="double_blocks", prediction=FLOW),
     # video
     "WanTransformer3DModel": Family(held=2, modality="video", middle="blocks", prediction=FLOW, spread=_patches_if_held),
-    "SkyReelsV2Transformer3DModel": Family(held=2, 
+    "SkyReelsV2Transformer3DModel": Family(held=2,
         modality="video", middle="blocks", prediction=FLOW, spread=_forced_frames
     ),
     "ChronoEditTransformer3DModel": Family(modality="video", middle="blocks", prediction=FLOW),
@@ -497,10 +497,10 @@ FAMILIES: dict[str, Family] = {
     "WanAnimate2Transformer3DModel": Family(
         modality="video", middle="blocks", prediction=FLOW, flex=True, note="lists of samples (C, F, H, W)"
     ),
-    "AnyFlowTransformer3DModel": Family(channel=2, 
+    "AnyFlowTransformer3DModel": Family(channel=2,
         modality="video", middle="blocks", prediction=FLOW, spread=_each_frame, second={"r_timestep": ""}, concat=2
     ),
-    "AnyFlowFARTransformer3DModel": Family(channel=2, 
+    "AnyFlowFARTransformer3DModel": Family(channel=2,
         modality="video", middle="blocks", prediction=FLOW, spread=_each_frame, second={"r_timestep": ""}, concat=2,
         flex=True,
     ),
@@ -509,7 +509,7 @@ FAMILIES: dict[str, Family] = {
     "ConsisIDTransformer3DModel": Family(channel=2, modality="video", middle=BLOCKS, concat=2),
     "AllegroTransformer3DModel": Family(modality="video", middle=BLOCKS),
     "LatteTransformer3DModel": Family(modality="video", middle="transformer_blocks&temporal_transformer_blocks"),
-    "LTXVideoTransformer3DModel": Family(held=1, 
+    "LTXVideoTransformer3DModel": Family(held=1,
         modality="video", middle=BLOCKS, prediction=FLOW, spread=_token_if_held, first=True
     ),
     "LTX2VideoTransformer3DModel": Family(
@@ -532,25 +532,25 @@ FAMILIES: dict[str, Family] = {
     "EasyAnimateTransformer3DModel": Family(modality="video", middle=BLOCKS, prediction=FLOW),
     "HunyuanVideoTransformer3DModel": Family(modality="video", middle=DUAL, prediction=FLOW),
     "HunyuanVideoFramepackTransformer3DModel": Family(modality="video", middle=DUAL, prediction=FLOW),
-    "HunyuanVideo15Transformer3DModel": Family(round_time=True, 
+    "HunyuanVideo15Transformer3DModel": Family(round_time=True,
         modality="video", middle=BLOCKS, prediction=FLOW, second={"timestep_r": "use_meanflow"}
     ),
     "MotifVideoTransformer3DModel": Family(modality="video", middle=DUAL, prediction=FLOW),
-    "Kandinsky5Transformer3DModel": Family(channel=-1, 
+    "Kandinsky5Transformer3DModel": Family(channel=-1,
         modality="video", middle="visual_transformer_blocks", prediction=FLOW, concat=-1
     ),
-    "Kandinsky6Transformer3DModel": Family(channel=-1, 
+    "Kandinsky6Transformer3DModel": Family(channel=-1,
         modality="video, audio", middle="visual_transformer_blocks", prediction=FLOW, concat=-1,
         noisy=("hidden_states", "audio_hidden_states"), outputs=("sample", "audio_sample"),
     ),
-    "Kandinsky6SRTransformer3DModel": Family(channel=-1, 
+    "Kandinsky6SRTransformer3DModel": Family(channel=-1,
         modality="video", middle="visual_transformer_blocks", prediction=FLOW, concat=-1,
         flex=True,
     ),
-    "SanaVideoTransformer3DModel": Family(held=2, 
+    "SanaVideoTransformer3DModel": Family(held=2,
         modality="video", middle=BLOCKS, prediction=FLOW, spread=_grid_if_held, concat=2, first=True
     ),
-    "SanaWMTransformer3DModel": Family(held=2, 
+    "SanaWMTransformer3DModel": Family(held=2,
         modality="video", middle="blocks", prediction=FLOW, spread=_channel_frame, concat=2, first=True
     ),
     "MiniMaxH3Transformer3DModel": Family(
@@ -561,11 +561,11 @@ FAMILIES: dict[str, Family] = {
     # audio and others
     "StableAudioDiTModel": Family(modality="audio", middle=BLOCKS),
     "StableAudio3DiTModel": Family(modality="audio", middle=BLOCKS, time="unit", prediction=FLOW),
-    "AceStepTransformer1DModel": Family(round_time=True, 
+    "AceStepTransformer1DModel": Family(round_time=True,
         modality="audio", middle="layers", time="unit", prediction=FLOW, times=("timestep", "timestep_r")
     ),
     "LongCatAudioDiTTransformer": Family(modality="audio", middle="blocks", time="reversed unit", prediction=DATAWARD),
-    "MiniMaxMusic3Transformer1DModel": Family(round_time=True, 
+    "MiniMaxMusic3Transformer1DModel": Family(round_time=True,
         modality="music", middle=BLOCKS, time="reversed unit", prediction=DATAWARD
     ),
     "T5FilmDecoder": Family(
