@@ -11,7 +11,7 @@ sample to the layer by itself.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion._shapes import batch_size, first, map_leaves
+from perceptual_diffusion._shapes import batch_size, map_leaves
 from perceptual_diffusion.types import FeatureSelect, Sample
 
 Features = Literal["noisy", "all"]
@@ -135,7 +135,7 @@ def locate(
     for mode in modes if features == "noisy" else modes[1:]:
 
         def passed(value: Sample, mode: _Watch | None = mode) -> list[Captured]:
-            with torch.no_grad(), _same_noise(sample), mode or nullcontext():
+            with torch.no_grad(), mode or nullcontext():
                 return run(value, mode.capture if mode else capture)
 
         try:
@@ -158,12 +158,6 @@ def locate(
         f"the teacher's layer {blind!r} gives no gradient to the sample: it does not depend on it. Pass `layers=` that lie on "
         "the sample's path, and the `cond` of training."
     )
-
-
-def _same_noise(sample: Sample) -> AbstractContextManager[None]:
-    """Leave torch's random streams where they are, so that every pass draws the same."""
-    device = first(sample).device
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _has_list(sample: Any) -> bool:
@@ -367,6 +361,10 @@ class _Watch(TorchDispatchMode):
             self.softmax = result
             if result.shape[-1] == result.shape[-2]:
                 result.copy_(torch.eye(result.shape[-1], dtype=result.dtype, device=result.device).expand_as(result))
+        elif (
+            name in ("_to_copy", "clone") and self.softmax is not None and args[0].data_ptr() == self.softmax.data_ptr()
+        ):
+            self.softmax = result
         elif name == "bmm" and self.softmax is not None and self.softmax.shape[-1] != self.softmax.shape[-2]:
             if self.softmax.data_ptr() in (args[0].data_ptr(), args[1].data_ptr()):  # cross-attention by hand
                 result.zero_()

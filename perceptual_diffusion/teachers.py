@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from perceptual_diffusion import taps
 from perceptual_diffusion._checkpoints import unfreeze
-from perceptual_diffusion._shapes import batch_size, leaves, map_tensors
+from perceptual_diffusion._shapes import batch_size, first, leaves, map_tensors
 from perceptual_diffusion.features import FEATURES, Captured, Features, Part, capture, locate
 from perceptual_diffusion.types import Cond, Feature, FeatureSelect, ModelCall, Sample
 
@@ -22,7 +22,7 @@ PLACES = ("mask", "ind", "len", "tag", "segment")
 LOOKS = 4
 """After so many masks that leave the noisy sample's tokens where they are, masks are looked at no more."""
 REMEMBERED = 64
-"""Masks whose layout is remembered, for each shape of the inputs."""
+"""Shapes of the inputs whose layout is remembered, and masks for each."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -141,7 +141,7 @@ class ModuleTeacher:
 
         grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t))
         if grad and not self._unfrozen:
-            unfreeze(self.module, lambda: run(x_t, capture))
+            unfreeze(self.module, lambda: self._watched(run, x_t, capture))
             self._unfrozen = True
         if self.select is not None:
             features = [[feature] for feature in run(x_t, self.select)]
@@ -172,12 +172,14 @@ class ModuleTeacher:
         for name in self.layers:
             parent, _, place = name.rpartition(".")
             blocks = taps.layer(self.module, parent)._modules if parent and place.isdecimal() else {}
-            first = next(iter(blocks.values()), None)
-            if first is not None:
-                handles.append(first.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            block = next(iter(blocks.values()), None)
+            if block is not None:
+                handles.append(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        device = first(sample).device
         try:
-            layers = run(sample, select)
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                layers = run(sample, select)
         finally:
             for handle in handles:
                 handle.remove()
@@ -190,6 +192,8 @@ class ModuleTeacher:
     ) -> list[tuple[Part, ...]]:
         """The noisy sample's part of each layer, found again when the layout of the inputs changes."""
         shapes = repr((_layout(x_t), _layout(cond)))
+        if shapes not in self._parts and len(self._parts) >= REMEMBERED:
+            self._parts.pop(next(iter(self._parts)))
         seen = self._parts.setdefault(shapes, {})
         places = _places(cond)
         if places in seen:

@@ -44,6 +44,10 @@ def by_softmax(q, k, v):
     return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
+def by_upcast_softmax(q, k, v):
+    return (q @ k.mT * q.shape[-1] ** -0.5).float().softmax(-1).to(v.dtype) @ v
+
+
 def by_einsum(q, k, v):
     weights = torch.einsum("bhic,bhjc->bhij", q, k).mul(q.shape[-1] ** -0.5).softmax(dim=-1)
     return torch.einsum("bhij,bhjc->bhic", weights, v)
@@ -370,6 +374,19 @@ class Maps(nn.Module):
         return self.last(hidden)
 
 
+class Shifted(nn.Module):
+    """A convolution of maps (B, 3, *), then a shift of each channel by a linear layer of the time."""
+
+    def __init__(self, rank=2):
+        super().__init__()
+        self.conv, self.time = (nn.Conv1d, nn.Conv2d)[rank - 1](3, C, 3, padding=1), nn.Linear(1, C)
+        self.layer = Taken()
+
+    def forward(self, x, t):
+        shift = self.time(t.to(x.dtype)[:, None])
+        return self.layer(torch.tanh(self.conv(x)) + shift.reshape(len(x), C, *[1] * (x.ndim - 2)))
+
+
 class Vectors(nn.Module):
     """Vectors (B, 3)."""
 
@@ -677,6 +694,12 @@ CASES = {
     "dual, softmax": Case(
         make=lambda: Dual(kernel=by_softmax), layer="blocks.1", take=image_of("image, text"), cond=TEXT
     ),
+    "dual, einsum": Case(
+        make=lambda: Dual(kernel=by_einsum), layer="blocks.1", take=image_of("image, text"), cond=TEXT
+    ),
+    "dual, softmax in float32": Case(
+        make=lambda: Dual(kernel=by_upcast_softmax), layer="blocks.1", take=image_of("image, text"), cond=TEXT
+    ),
     "a text sees the image": Case(make=TextSees, layer="layer", take=lambda out: [list(out[0])], cond=TEXT),
     "a text of equal length sees the image": Case(
         make=TextSees, layer="layer", take=lambda out: [list(out[0])], cond=EQUAL
@@ -769,6 +792,12 @@ CASES = {
     "maps (B, C, 1)": Case(make=lambda: Maps(1), layer="middle", x=normal(B, 3, 1), take=lambda out: [list(out.mT)]),
     "maps (B, C, L) behind a token of the text": Case(
         make=Sound, layer="layer", x=normal(B, 3, 7), cond=TEXT, take=lambda out: [list(out[..., 1:].mT)]
+    ),
+    "maps as wide as there are channels, shifted by the time": Case(
+        make=Shifted, layer="layer", x=normal(B, 3, 5, C), take=whole, channel=0
+    ),
+    "maps (B, C, L), shifted by the time": Case(
+        make=lambda: Shifted(1), layer="layer", x=normal(B, 3, 7), take=lambda out: [list(out.mT)]
     ),
     # vectors
     "vectors": Case(make=Vectors, layer="net.2", x=normal(B, 3), take=whole),

@@ -32,9 +32,9 @@ MAY_IMPORT = {
     "_checkpoints": set(),
     "teachers": BASE | {"taps", "features", "_checkpoints"},
 }
-CHECKING = {name for name in FILES if name.startswith("_checking")}
+CHECKING = [name for name in sorted(FILES) if name.startswith("_checking")]
 MAY_IMPORT |= {
-    name: BASE | CHECKING | {"schedules", "parameterizations", "renoising"} for name in CHECKING | {"checks"}
+    name: BASE | set(CHECKING) | {"schedules", "parameterizations", "renoising"} for name in (*CHECKING, "checks")
 }
 """The rings of the core, from the inside out; adapters come after them, the command line after the adapters."""
 

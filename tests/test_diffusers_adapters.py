@@ -20,7 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 T = torch.tensor([120.0, 480.0, 870.0])
 
-FAULTS = {}
+FAULTS = {
+    "Wan, frames in front, counted from behind": "a negative dimension is not taken for that of the frames: they get the time of the noisy ones",
+    "LTX, tokens in front, counted from behind": "likewise of tokens",
+    "twice as long": "(B, C, L) is taken for tokens (B, N, C): a longer prediction is cut",
+    "one channel more": "likewise, and more channels are cut off",
+}
 """Known limits: the reason by case."""
 
 
@@ -99,6 +104,13 @@ JOINED = {
     "Wan, frames in front": (
         "WanTransformer3DModel", {}, CLIP, Concat(FRAMES, dim=2, first=True), torch.cat([FRAMES, CLIP], 2),
         held(T, 4, 1).repeat_interleave(16, 1), (2, 1, 4),
+    ),
+    "Wan, frames in front, counted from behind": (
+        "WanTransformer3DModel", {}, CLIP, Concat(FRAMES, dim=-3, first=True), torch.cat([FRAMES, CLIP], 2),
+        held(T, 4, 1).repeat_interleave(16, 1), (2, 1, 4),
+    ),
+    "LTX, tokens in front, counted from behind": (
+        f"{LTX}.i2v", {}, TOKENS, Concat(WORDS, dim=-2), torch.cat([WORDS, TOKENS], 1), held(T, 32, 16), (1, 16, 32),
     ),
     "Wan, frames behind": (
         "WanTransformer3DModel", {}, CLIP, Concat(FRAMES, dim=2), torch.cat([CLIP, FRAMES], 2), T, (2, 0, 3)
@@ -306,6 +318,34 @@ def test_a_prediction_of_another_size_is_refused(output):
     clean, cond = normal(B, 3, 8, 8), {"class_labels": torch.tensor([1, 2, 3])}
     with pytest.raises(ValueError, match=r"`model_pred` has shape .*, expected \(3, 3, 8, 8\), that of `clean`"):
         objective.loss(output, clean=clean, noise=clean, t=torch.tensor([1, 2, 3]), cond=cond)
+
+
+SOUNDS = {
+    "twice as long": lambda b, c, n: normal(b, c, 2 * n),
+    "half as long": lambda b, c, n: normal(b, c, n // 2),
+    "one channel more": lambda b, c, n: normal(b, c + 1, n),
+    "channels in the last dimension": lambda b, c, n: normal(b, n, c),
+}
+
+
+@pytest.mark.parametrize("output", marked(SOUNDS))
+def test_a_prediction_of_sound_of_another_size_is_refused(output):
+    model, tiny = build("UNet1DModel")
+    objective = SelfPerceptualObjective.wrap(model, tiny.scheduler())
+    given = {"clean": tiny.clean, "noise": tiny.clean, "t": torch.tensor([0.1, 0.5, 0.9]), "cond": tiny.cond}
+    assert objective.loss(tiny.clean, **given).isfinite()
+    with pytest.raises(ValueError, match=r"`model_pred` has shape .*, expected .*, that of `clean`"):
+        objective.loss(output(*tiny.clean.shape), **given)
+
+
+def test_a_part_that_the_model_needs_is_named_and_may_be_clean():
+    case = Called("LTX2VideoTransformer3DModel")
+    x = case.tiny.clean
+    message = "the sample lacks the part 'audio_hidden_states', expected 'hidden_states' and 'audio_hidden_states'"
+    with pytest.raises(ValueError, match=message):
+        case(x["hidden_states"])
+    found = case(x["hidden_states"], audio_hidden_states=x["audio_hidden_states"])
+    assert torch.equal(found, case.raw.sample)
 
 
 @pytest.mark.parametrize("parts", [{"audio": 9}, {"hidden_states": 32, "audio": 9}])

@@ -44,14 +44,16 @@ def judge(batch: Batch, predicted: Sample, *, above_zero: bool) -> float:
     others = skill.other_predictions(schedule, declared, batch.t)
     best, other = max(((skill.total(_skills(batch, predicted, p)), p) for p in others), key=lambda fit: fit[0])
     chance = 3 / math.sqrt(sum(leaf.numel() for leaf in leaves(batch.clean)))  # of a few numbers, any may fit
-    for formula, t in skill.other_times(schedule, batch.t) if known < 1 - GAP else ():
-        answer = _answer(batch, t)
-        if answer is None:
-            continue
-        for supposed in (declared, *others):
-            told = skill.total(_skills(batch, answer, supposed))
-            if told > best + 2 * GAP and _far_better(told, known, chance):
-                raise _misread_times(declared, supposed, formula, _share(told, known))
+    answers = ((formula, _answer(batch, t)) for formula, t in skill.other_times(schedule, batch.t))
+    fits = [
+        (skill.total(_skills(batch, answer, supposed)), formula, supposed)
+        for formula, answer in (answers if known < 1 - GAP else ())
+        if answer is not None
+        for supposed in (declared, *others)
+    ]
+    told, formula, supposed = max(fits, key=lambda fit: fit[0], default=(-1.0, "", declared))
+    if told > best + 2 * GAP and _far_better(told, known, chance):
+        raise _misread_times(declared, supposed, formula, _share(told, known))
     if _far_better(best, known, chance):
         raise _misread(declared, other, _share(best, known))
     if not above_zero:
