@@ -33,7 +33,9 @@ def by_masked_sdpa(q, k, v):
 
 
 def by_sdpa_of_three_dims(q, k, v):
-    return F.scaled_dot_product_attention(*(h.flatten(0, 1) for h in (q, k, v))).unflatten(0, q.shape[:2])
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    folded = (h.flatten(0, 1) for h in (q, k, v))
+    return F.scaled_dot_product_attention(*folded, attn_mask=mask).unflatten(0, q.shape[:2])
 
 
 def by_sdpa_with_scale(q, k, v):
