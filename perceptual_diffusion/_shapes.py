@@ -9,6 +9,9 @@ from torch import Tensor
 
 from perceptual_diffusion.types import Sample
 
+OWN_SEED = 0x5E1F_9E2C
+"""Seed of what the package draws by itself: no one else's, since data drawn with the same seed would be the noise."""
+
 
 def leaves(sample: Sample) -> Iterator[Tensor]:
     """The tensors of a nested sample, depth first."""

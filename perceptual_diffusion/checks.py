@@ -18,7 +18,7 @@ from perceptual_diffusion._checking.report import FAULTS, FeatureReport, Report,
 from perceptual_diffusion._checking.student import Student, trained_weights
 from perceptual_diffusion._checking.teacher import TeacherStep
 from perceptual_diffusion._checking.watch import Watch, untouched
-from perceptual_diffusion._shapes import check_sample, first, map_leaves
+from perceptual_diffusion._shapes import OWN_SEED, check_sample, first, map_leaves
 from perceptual_diffusion.types import Cond, Sample
 
 __all__ = ["FAULTS", "FeatureReport", "Report", "SetupError", "check"]
@@ -69,7 +69,7 @@ def check(
     if not finite(clean):
         raise SetupError("clean", "`clean` holds NaN or infinity. Mend the data.")
     if generator is None:
-        generator = torch.Generator(first(clean).device).manual_seed(0)
+        generator = torch.Generator(first(clean).device).manual_seed(OWN_SEED)
     trained = trained_weights(model)
     with torch.inference_mode(False), torch.enable_grad(), untouched(model, objective.teacher):
         return _step(Batch(objective, model, clean, cond or {}, generator), trained)

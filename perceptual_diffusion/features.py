@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion._shapes import batch_size, map_leaves
+from perceptual_diffusion._shapes import OWN_SEED, batch_size, map_leaves
 from perceptual_diffusion.types import FeatureSelect, Sample
 
 Features = Literal["noisy", "all"]
@@ -180,7 +180,7 @@ class _Ones:
 
 
 def _disturb(sample: Sample) -> Sample:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(OWN_SEED)
 
     def disturb(x: Tensor) -> Tensor:
         if not x.numel():

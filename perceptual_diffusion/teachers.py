@@ -306,18 +306,24 @@ class CopyTeacher(ModuleTeacher):
             for handle in handles:
                 handle.remove()
         self._truncate = False
-        _drop(self.module, ran, used.ids)
+        _drop(self.module, ran, used.ids, self.layers)
         return features
 
 
-def _drop(module: nn.Module, ran: set[nn.Module], used: set[int], path: str = "") -> None:
-    """Replace every largest submodule of which nothing ran and nothing was used; lists keep their length."""
+def _drop(module: nn.Module, ran: set[nn.Module], used: set[int], layers: Sequence[str], path: str = "") -> None:
+    """Replace every largest submodule of which nothing ran and nothing was used; lists keep their length.
+
+    A list of which some ran, and which does not lead to a layer, is kept: the next pass may take others (experts).
+    """
     for name, child in list(module.named_children()):
         where = f"{path}{name}"
         tensors = [*child.parameters(), *child.buffers()]
         needed = any(m in ran for m in child.modules()) or any(id(tensor) in used for tensor in tensors)
-        if needed or isinstance(child, nn.ModuleList | nn.ModuleDict):
-            _drop(child, ran, used, f"{where}.")
+        a_list = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        if a_list and needed and not any(f"{layer}.".startswith(f"{where}.") for layer in layers):
+            continue
+        if needed or a_list:
+            _drop(child, ran, used, layers, f"{where}.")
         elif tensors:
             module._modules[name] = Dropped(where)
 

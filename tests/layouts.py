@@ -221,6 +221,20 @@ class Cross(nn.Module):
         return hidden
 
 
+class Product(nn.Module):
+    """Cross-attention by hand, then a product of matrices that is none: every token by the same one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.text, self.layer = nn.Linear(3, C), Attention(by_softmax), Taken()
+        self.matrix = nn.Parameter(torch.randn(C, C))
+
+    def forward(self, x, t, text, reference):
+        hidden = torch.cat([self.embed(x) + t.to(x.dtype)[:, None, None], reference], 1)
+        hidden = hidden + self.text(hidden, text)
+        return self.layer(torch.bmm(hidden, self.matrix.expand(len(x), C, C)))
+
+
 class TextSees(nn.Module):
     """A text that looks at the image in cross-attention, which does not look back."""
 
@@ -715,6 +729,9 @@ CASES = {
     "the image sees a text of equal length, einsum": Case(
         make=lambda: Cross(by_einsum), layer="blocks.1", take=tokens(0, N),
         cond={"text": normal(B, N + 2, C), "reference": normal(B, 2, C)},
+    ),
+    "a product of matrices behind cross-attention": Case(
+        make=Product, layer="layer", take=tokens(0, N), cond=TEXT | {"reference": normal(B, 2, C)}
     ),
     "two noisy streams, a tuple": Case(
         make=TwoNoisy, layer="blocks.1", x={"image": TOKENS, "sound": normal(B, 4, 3)}, cond=TEXT,

@@ -85,7 +85,8 @@ def denoiser(pipeline: Any) -> nn.Module:
 def _from_pipeline(model: Any, schedule: Any) -> tuple[Any, Any]:
     """The denoiser and the scheduler, where a pipeline is given."""
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping):
-        return denoiser(model), model.components.get("scheduler") if schedule is None else schedule
+        schedule = model.components.get("scheduler") if schedule is None else schedule
+        model = denoiser(model)
     if schedule is None:
         raise ValueError(
             "`schedule` is missing. Pass a diffusers scheduler, such as `pipeline.scheduler`, or one of perceptual_diffusion.schedules."

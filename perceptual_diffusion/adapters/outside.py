@@ -205,13 +205,16 @@ class VAEDecoder:
     def __init__(self, vae: nn.Module) -> None:
         config = getattr(vae, "config", None)
         config = config if isinstance(config, Mapping) else {}
-        self.scale, mean, std = (config.get(name) for name in ("scaling_factor", "latents_mean", "latents_std"))
+        self.scale = config.get("scaling_factor")
+        # LTX's VAEs hold the statistics as buffers
+        held = dict(vae.named_buffers(recurse=False)) if isinstance(vae, nn.Module) else {}
+        mean, std = (config.get(name, held.get(name)) for name in ("latents_mean", "latents_std"))
         if self.scale is None and (mean is None or std is None):
             raise ValueError(
                 f"the config of {type(vae).__name__} has no `scaling_factor` and no `latents_mean`, so how its latents are scaled "
                 "cannot be told. Pass a function, `decode=lambda latents: vae.decode(...).sample`."
             )
-        self.of_channels = None if mean is None or std is None else (torch.tensor(mean), torch.tensor(std))
+        self.of_channels = None if mean is None or std is None else (torch.as_tensor(mean), torch.as_tensor(std))
         self.shift = config.get("shift_factor") or 0.0
         self.vae = vae.eval().requires_grad_(False)
 

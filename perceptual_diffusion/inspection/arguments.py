@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceptual_diffusion._shapes import OWN_SEED
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -42,7 +44,7 @@ class Setting:
 
     def normal(self, letters: str, **others: int) -> torch.Tensor:
         """Draw a normal tensor of such a shape."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(OWN_SEED)
         return torch.randn(self.shape(letters, **others), generator=generator)
 
     def ones(self, letters: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
