@@ -49,10 +49,20 @@ def test_indices_and_calls_of_the_users_own_are_left_alone():
     assert seen[0][1].tolist() == [50.0, 2.0]
 
 
-@pytest.mark.parametrize("schedule", [schedules.EDM(), schedules.Interpolant(lambda t: t, lambda t: 1 - t)])
-def test_a_family_whose_time_cannot_be_told_is_refused(schedule):
-    with pytest.raises(ValueError, match="`call` is missing: models of the family UNet2D take a time from 0"):
-        SelfPerceptualObjective.wrap(unet(), schedule, prediction="v_prediction")
+def test_a_family_whose_time_cannot_be_told_is_refused():
+    with pytest.raises(
+        ValueError, match="`call` is missing: models of the family UNet2DModel take a time as 'timestep'"
+    ):
+        SelfPerceptualObjective.wrap(unet(), schedules.EDM(), prediction="v_prediction")
+
+
+def test_a_family_is_given_its_own_time_on_a_path_that_begins_with_noise():
+    model, seen = unet(), []
+    schedule = schedules.Interpolant(lambda t: t, lambda t: 1 - t)
+    objective = SelfPerceptualObjective.wrap(model, schedule, prediction="v_prediction")
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    objective(model, torch.randn(2, 3, 16, 16), cond=LABELS, t=torch.tensor([0.25, 1.0]))
+    assert seen[0].tolist() == [750.0, 0.0]
 
 
 def objective_of(teacher, **options):
