@@ -530,3 +530,24 @@ def test_a_module_that_checkpoints_itself_gives_the_gradient_and_keeps_none():
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.allclose(plain, checkpointed, rtol=1e-5, atol=1e-7)
     assert any(g.abs().sum() > 0 for g in gradients[0])
+
+
+class Experts(torch.nn.Module):
+    """Routes each sample to one of three linear layers by its time."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+        self.middle, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x, t):
+        x = torch.stack([self.experts[int(time * 2.99)](row) for row, time in zip(x, t, strict=True)])
+        return self.last(torch.tanh(self.middle(x)))
+
+
+def test_experts_that_the_first_pass_did_not_take_are_kept():
+    teacher = CopyTeacher(Experts(), layers=["middle"], call=lambda m, x, t, c: m(x, t))
+    with torch.no_grad():
+        teacher(torch.randn(2, 4), torch.tensor([0.1, 0.2]), {})
+        teacher(torch.randn(2, 4), torch.tensor([0.5, 0.9]), {})
+    assert teacher.parameters_held == 4 * 20  # three experts and the middle, not the last
