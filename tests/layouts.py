@@ -221,6 +221,44 @@ class Cross(nn.Module):
         return hidden
 
 
+class InPlace(nn.Module):
+    """Mixes the tokens into what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(N + M, N + M)
+
+    def forward(self, hidden):
+        hidden += self.mix(hidden.mT).mT
+        return hidden * 1.5
+
+
+class Rounds(nn.Module):
+    """[text; image] through blocks with numbers for names, the first of them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(3, C), nn.ModuleDict({"16": InPlace(), "8": InPlace()})
+
+    def forward(self, x, t, text):
+        hidden = torch.cat([text, self.embed(x) + t.to(x.dtype)[:, None, None]], 1)
+        for name in ("16", "16", "8"):
+            hidden = self.blocks[name](hidden)
+        return hidden
+
+
+class Whisper(nn.Module):
+    """[text; image], where the text hears the image a million times more softly than itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Linear(3, C), nn.Linear(C, C)
+
+    def forward(self, x, t, text):
+        image = self.embed(x) + t.to(x.dtype)[:, None, None]
+        return self.last(torch.cat([text + 1e-7 * image.mean(1, keepdim=True), image], 1))
+
+
 class Product(nn.Module):
     """Cross-attention by hand, then a product of matrices that is none: every token by the same one."""
 
@@ -376,13 +414,13 @@ class Packed(nn.Module):
 class Maps(nn.Module):
     """Convolutions of maps (B, 3, *) in one to three dimensions."""
 
-    def __init__(self, rank=2, channels_last=False, norm=False, dropout=0.0, width=C):
+    def __init__(self, rank=2, channels_last=False, norm=False, dropout=0.0, width=C, wider=0):
         super().__init__()
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-        self.first, self.last = conv(3, width, 3, padding=1), conv(width, 3, 3, padding=1)
+        self.first, self.last = conv(3, width, 3, padding=1), conv(width + wider, 3, 3, padding=1)
         self.norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](width) if norm else nn.Identity()
         self.dropout, self.channels_last = nn.Dropout(dropout), channels_last
-        self.middle = nn.Linear(width, width) if channels_last else conv(width, width, 3, padding=1)
+        self.middle = nn.Linear(width, width + wider) if channels_last else conv(width, width, 3, padding=1)
 
     def forward(self, x, t):
         hidden = torch.tanh(self.dropout(self.norm(self.first(x))) + t.to(x.dtype).view(-1, *[1] * (x.ndim - 1)))
@@ -730,6 +768,7 @@ CASES = {
         make=lambda: Cross(by_einsum), layer="blocks.1", take=tokens(0, N),
         cond={"text": normal(B, N + 2, C), "reference": normal(B, 2, C)},
     ),
+    "a text that hears the image within rounding": Case(make=Whisper, layer="last", take=tokens(M), cond=TEXT),
     "a product of matrices behind cross-attention": Case(
         make=Product, layer="layer", take=tokens(0, N), cond=TEXT | {"reference": normal(B, 2, C)}
     ),
@@ -791,6 +830,10 @@ CASES = {
         make=lambda: Maps(channels_last=True), layer="middle", x=normal(B, 3, C, 5), channel=0,
         take=lambda out: [list(out.movedim(-1, 1))],
     ),
+    "maps, channels last and more of them": Case(
+        make=lambda: Maps(channels_last=True, wider=2), layer="middle", x=normal(B, 3, 6, 5), channel=0,
+        take=lambda out: [list(out.movedim(-1, 1))],
+    ),
     "volumes": Case(make=lambda: Maps(3), layer="middle", x=normal(B, 3, 4, 5, 6), take=whole, channel=0),
     "volumes, channels last": Case(
         make=lambda: Maps(3, channels_last=True), layer="middle", x=normal(B, 3, 4, 5, 6), channel=0,
@@ -827,6 +870,9 @@ CASES = {
     "lists in a list": Case(make=Stages, layer="stages.1.1", take=tokens(M), cond=TEXT),
     "lists in a dict by numbers": Case(make=lambda: Stages(True), layer="stages.8.1", take=tokens(M), cond=TEXT),
     "in a dict by numbers": Case(make=Pyramid, layer="levels.8", x=normal(B, 3, 6, 5), take=whole, channel=0),
+    "in a dict by numbers, mixed in place, the first block twice": Case(
+        make=Rounds, layer="blocks.8", take=tokens(M), cond=TEXT
+    ),
     "mixed by a linear layer": Case(
         make=lambda: Mixer(False, "text noisy"), layer="layers.2", take=tokens(M), cond=TEXT
     ),

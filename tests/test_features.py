@@ -20,6 +20,7 @@ from layouts import (
     M,
     Maps,
     N,
+    Packed,
     Taken,
     Transformer,
     Vectors,
@@ -53,8 +54,15 @@ FAULTS = {
     "clean frames of maps count where batch and frames share a dimension": {
         "features losses channels": ["frames (b f) behind a clean one"]
     },
-    "channels last are taken for channels in dim 1 where sizes coincide": {
-        "features channels": ["maps as high as there are channels, channels last", "maps (B, L, C), L = C"]
+    "a linear layer along the tokens makes them the channels, so that none is picked": {
+        "alone cosine": ["in a dict by numbers, mixed in place, the first block twice"]
+    },
+    "channels last are taken for channels in dim 1 where sizes coincide, or behind weights that are not seen": {
+        "features channels": [
+            "maps as high as there are channels, channels last",
+            "maps, channels last and more of them",
+            "maps (B, L, C), L = C",
+        ]
     },
 }
 """Known limits (docs/decisions/0008): the reason, and the cases by test."""
@@ -412,7 +420,7 @@ def test_tokens_that_move_from_call_to_call_are_found_again(way):
     torch.manual_seed(0)
     model = Padded()
     teacher = ModuleTeacher(copy.deepcopy(model), layers=["layer"], call=call)
-    for lengths in ((2, 3, 1), (4, 1, 5), (0, 0, 0), (5, 5, 5), (2, 3, 1)):
+    for lengths in ((2, 3, 1), (4, 1, 5), (0, 0, 0), (5, 5, 5), (2, 3, 1), (1, 2, 5), (3, 3, 3)):
         cond = {"text": TEXT["text"], **SAID[way](*lengths)}
         with torch.no_grad():
             out = raw(freeze(model), "layer", TOKENS, T, cond)
@@ -711,6 +719,47 @@ def test_a_sample_whose_features_do_not_answer_spoils_neither_the_others_nor_lat
         assert sizes(teacher(TOKENS, torch.tensor([0.7, 0.8, 0.9]), TEXT)) == [(B, N, C)]
 
 
+def test_what_is_remembered_of_masks_that_move_the_tokens_has_an_end():
+    teacher = ModuleTeacher(Padded(), layers=["layer"], call=call)
+    lengths = [(a, b, 5 - a) for a in range(6) for b in range(6)] + [(a, b, a) for a in range(6) for b in range(6)]
+    with torch.no_grad():
+        for told in (*lengths, *lengths[::-1]):
+            found = teacher(TOKENS, T, TEXT | {"text_mask": mask(*told)})
+            assert sizes(found) in ([(B, N, C)], [[(1, N, C)] * B])
+    assert sum(len(parts) for parts in teacher._parts.values()) < 70
+
+
+def test_a_token_that_is_never_finite_hides_no_other():
+    model, text = Gated(), TEXT["text"].clone()
+    text[:, 0], text[:, 1] = float("inf"), float("nan")
+    with torch.no_grad():
+        (found,) = ModuleTeacher(model, layers=["last"], call=call)(TOKENS, T, {"text": text})
+        assert torch.equal(found, raw(freeze(model), "last", TOKENS, T, {"text": text})[:, M:])
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_dead_sample_of_a_packed_list_is_refused(dead):
+    class Silent(Packed):
+        def forward(self, x, t, text=None):
+            return super().forward([0 * row if at < 0.5 else row for row, at in zip(x, t, strict=True)], t, text)
+
+    t = torch.tensor([0.8, 0.8, 0.8]).index_fill(0, torch.tensor([dead]), 0.3)
+    with pytest.raises(ValueError, match="the 3 samples cannot be told apart"):
+        ModuleTeacher(Silent(), layers=["layer"], call=call)([*TOKENS], t, {})
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_dead_sample_beside_others_of_different_lengths_is_no_error(dead):
+    class Silent(Padded):
+        def forward(self, x, t, text, **said):
+            return super().forward(x * (t >= 0.5).float()[:, None, None], t, text, **said)
+
+    t = torch.tensor([0.8, 0.8, 0.8]).index_fill(0, torch.tensor([dead]), 0.3)
+    with torch.no_grad():
+        (found,) = ModuleTeacher(Silent(), layers=["layer"], call=call)(TOKENS, t, TEXT | {"text_mask": mask(1, 3, 5)})
+    assert len(found) == B
+
+
 @pytest.mark.parametrize("t", [[0.3, 0.6, 0.8], [0.6, 0.3, 0.8], [0.6, 0.8, 0.3]])
 def test_a_sample_whose_vector_does_not_answer_keeps_its_place(t):
     class Dead(Vectors):
@@ -848,6 +897,21 @@ def test_a_stateful_model_has_the_noisy_samples_features_and_the_students_state_
     with torch.no_grad():
         assert sizes(teacher(TOKENS, T, TEXT)) == [(B, N, C)]
     assert student.count == 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_fast_path_of_attention_is_left_as_it_was(enabled):
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        teacher = ModuleTeacher(built("TransformerEncoder"), layers=["last"], call=call)
+        teacher(TOKENS, T, TEXT)
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            teacher(normal(B, N, 4), T, TEXT)
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

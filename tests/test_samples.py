@@ -423,6 +423,8 @@ BAD = {
     "an x_t too few": (ValueError, rf"`x_t` has shape .*, expected {SHAPES}", {"x_t": [X, Y]}),
     "times too few": (ValueError, r"`t` has shape \(2,\), expected \(3,\), one time per sample", {"t": torch.tensor([0.1, 0.2])}),
     "second times too many": (ValueError, r"`t_prime` has shape \(4,\), expected \(3,\)", {"t_prime": torch.full((4,), 0.5)}),
+    "a dict of another name": (ValueError, r"`noise` has shape \{'b': .*expected \{'a': ", {"clean": {"a": LIST}, "noise": {"b": LIST}}),
+    "a dict of one name more": (ValueError, r"`noise` has shape .*expected \{'a': ", {"clean": {"a": LIST}, "noise": {"a": LIST, "b": LIST}}),
     "an empty list": (ValueError, "`clean` is empty, expected .* or a list of B tensors", {"clean": []}),
     "a list of lists": (
         TypeError, "`clean` has shape .*, expected a list of B tensors, one per sample. Use a tuple or a dict",
