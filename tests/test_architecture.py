@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "taps": BASE,
     "features": BASE,
     "_checkpoints": set(),
-    "teachers": BASE | {"taps", "features", "_checkpoints"},
+    "copies": {"taps"},
+    "teachers": BASE | {"taps", "features", "copies", "_checkpoints"},
 }
 CHECKING = [name for name in sorted(FILES) if name.startswith("_checking")]
 MAY_IMPORT |= {

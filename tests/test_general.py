@@ -30,7 +30,7 @@ from timm_models import Block as TimmBlock
 from timm_models import dit, sit
 from torch import nn
 
-from perceptual_diffusion import taps, teachers
+from perceptual_diffusion import copies, taps
 from perceptual_diffusion.adapters.general import middle
 
 # --- trees without a forward pass of their own ------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_inside_a_wrapped_child_the_name_is_that_of_a_teachers_copy():
     outer.model = torch.compile(outer.model, backend="eager")
     (name,) = middle(outer).layers
     assert name == "model.blocks.2"
-    copied = teachers.frozen_copy(outer)
+    copied = copies.frozen_copy(outer)
     assert taps.layer(copied, name) is copied.model.blocks[2]
 
 

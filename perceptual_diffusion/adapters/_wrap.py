@@ -12,9 +12,10 @@ from perceptual_diffusion._shapes import map_scaled, over
 from perceptual_diffusion.adapters import edm
 from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known, without_variance
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
+from perceptual_diffusion.copies import same_storage
 from perceptual_diffusion.features import Features
 from perceptual_diffusion.schedules import EDM, Linear, Schedule
-from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher, same_storage
+from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 from perceptual_diffusion.types import Cond, ModelCall
 
 logger = logging.getLogger("perceptual_diffusion")
