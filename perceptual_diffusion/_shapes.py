@@ -1,7 +1,7 @@
 """The one place that knows about shapes: (B,) over (B, *), nested samples, and the dtype to compute in."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -72,6 +72,65 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, list | tuple):
         return _like(value, [map_tensors(function, item) for item in value])
     return value
+
+
+def take(sample: Sample, part: slice) -> Sample:
+    """Some of the samples of a batch, (B, *) or nested."""
+    if isinstance(sample, Tensor | list):
+        return sample[part]
+    if isinstance(sample, dict):
+        return {key: take(value, part) for key, value in sample.items()}
+    return cast(Sample, _like(sample, [take(value, part) for value in sample]))
+
+
+def join(parts: list[Sample]) -> Sample:
+    """Put the parts of a batch together again."""
+    one = parts[0]
+    if len(parts) == 1:
+        return one
+    if isinstance(one, Tensor):
+        return torch.cat(cast("list[Tensor]", parts))
+    if isinstance(one, list):
+        return [item for part in cast("list[list[Sample]]", parts) for item in part]
+    if isinstance(one, dict):
+        return {key: join([cast("dict[str, Sample]", part)[key] for part in parts]) for key in one}
+    return cast(Sample, _like(one, [join(list(column)) for column in zip(*parts, strict=True)]))
+
+
+WAYS = ("first", "multiple", "anywhere")
+"""Where the samples may lie in a condition: in the first dimension; in blocks of it; in another one."""
+
+
+def take_cond(cond: Any, batch: int, part: slice, way: str = "first") -> Any:
+    """Some of the samples of conditions: of tensors in which they lie, and of lists of B things that are no such tensors."""
+    if isinstance(cond, Tensor):
+        if not cond.ndim or len(cond) == batch:
+            return cond[part] if cond.ndim else cond
+        if way == "multiple" and len(cond) and len(cond) % batch == 0:
+            each = len(cond) // batch
+            return cond[part.start * each : part.stop * each]
+        if way == "anywhere" and batch in cond.shape:
+            return cond.narrow(cond.shape.index(batch), part.start, part.stop - part.start)
+        return cond
+    if isinstance(cond, Mapping):
+        return {key: take_cond(value, batch, part, way) for key, value in cond.items()}
+    if isinstance(cond, list | tuple):
+        batched = all(isinstance(item, Tensor) and item.ndim and len(item) == batch for item in cond)
+        if isinstance(cond, list) and len(cond) == batch and not batched:
+            return cond[part]
+        return _like(cond, [take_cond(item, batch, part, way) for item in cond])
+    return cond
+
+
+def layout(value: Any) -> Any:
+    """Shapes of tensors and values of numbers: what decides where the tokens of a sequence lie."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return {key: layout(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [layout(item) for item in value]
+    return value if isinstance(value, bool | int | str | None) else type(value).__name__
 
 
 def describe(sample: Any) -> str:

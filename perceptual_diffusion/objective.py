@@ -9,18 +9,16 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 import os
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from perceptual_diffusion import distances, parameterizations, timesteps, weights
+from perceptual_diffusion import distances, parameterizations, staged, timesteps, weights
 from perceptual_diffusion._shapes import (
     check_sample,
-    compute_dtype,
     describe,
     first,
-    leaves,
     map_leaves,
     mean_square,
 )
@@ -36,10 +34,10 @@ from perceptual_diffusion.renoising import (
     renoise,
 )
 from perceptual_diffusion.schedules import Schedule
+from perceptual_diffusion.staged import MicroBatch, MicroBatches
 from perceptual_diffusion.types import (
     Cond,
     Distance,
-    Feature,
     ModelCall,
     ModelOutput,
     Sample,
@@ -90,14 +88,18 @@ class SelfPerceptualObjective:
         call: runs the student: `(model, x_t, t, cond) -> output`, t in the schedule's unit, shape (B,).
         output: takes the prediction out of the student's output.
         t: sampler of t: "uniform", "logit_normal", or a callable.
-        t_prime: sampler of t': "uniform", "near", "shifted", "logit_normal", or a callable; "clean" compares x̂_0 and x_0
-            without noising them again, for teachers that are no denoisers.
+        t_prime: sampler of t': "uniform", "near", "shifted", "logit_normal", or a callable; "contributing" draws those
+            times more often that contribute more, and weights them for the expectation to be that of "uniform"; "clean"
+            compares x̂_0 and x_0 without noising them again, for teachers that are no denoisers.
         distance: "mse", "mae", "huber", "cosine", "normalised", or a callable of two features (B, *) to (B,).
         formulation: "joint" (eq. 12) or "split" (eqs. 14 to 17).
         mse_weight: adds this much of the MSE of the prediction; it costs no extra pass.
         weight: weight of each sample by t: "none", "min_snr", or a callable of t, shape (B,), to (B,).
         t_range: the smallest and the largest t; by default all of the schedule.
         seed: seed of the objective's own generator; each process adds its rank. By default torch's initial seed.
+        micro_batch: how many samples go through the teacher at a time; what it keeps for its backward is freed before the
+            next. "auto": as many as keep that below a 32nd of the device's memory. None: plain autograd through the
+            teacher, which can be differentiated twice and keeps everything until the student's backward.
 
     Raises:
         ValueError: a name is unknown, a number is out of range, or schedule and prediction are singular somewhere in
@@ -121,6 +123,7 @@ class SelfPerceptualObjective:
         weight: str | TimeFunction | None = None,
         t_range: tuple[float, float] | None = None,
         seed: int | None = None,
+        micro_batch: MicroBatch = "auto",
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(
@@ -143,7 +146,7 @@ class SelfPerceptualObjective:
         if not (seed is None or isinstance(seed, int)):
             raise TypeError(f"`seed` is {seed!r}, expected an int, or None for torch's initial seed.")
         sampler = timesteps.get("t", t)
-        if isinstance(sampler, timesteps.Near | timesteps.Shifted):
+        if isinstance(sampler, timesteps.Near | timesteps.Shifted | timesteps.Contributing):
             raise ValueError(f"`t` is {t!r}, which places t' relative to t. Use 'uniform' or 'logit_normal' for t.")
         low, high = _check_range(schedule, t_range)
         self.t = timesteps.within(sampler, low, high) if t_range is not None else sampler
@@ -156,6 +159,7 @@ class SelfPerceptualObjective:
         self.formulation, self.mse_weight = formulation, float(mse_weight)
         self.weight = weights.get(weight, schedule, self.prediction)
         self.seed = seed
+        self.micro_batches = None if micro_batch is None else MicroBatches(micro_batch)
         self.terms: dict[str, Tensor] = {}
         """The last call's L_sp and L_mse, detached, shape (B,) each: for logging."""
         self._generator: torch.Generator | None = None
@@ -180,6 +184,10 @@ class SelfPerceptualObjective:
         weight: str | TimeFunction | None = None,
         t_range: tuple[float, float] | None = None,
         seed: int | None = None,
+        micro_batch: MicroBatch = "auto",
+        teacher_dtype: torch.dtype | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        example: tuple[Sample, Cond | None] | None = None,
         truncate: bool = True,
     ) -> Self:
         """Build the objective of a model. Call it while the model's weights are the MSE-trained ones.
@@ -192,8 +200,9 @@ class SelfPerceptualObjective:
             layers: dotted names of the layers to compare; by default the model's middle. The loss is the mean of theirs.
             call: `(model, x_t, t, cond) -> output`, t in the schedule's unit, shape (B,); by default the family's.
             output: `(output, x_t) -> prediction`; by default the family's.
-            teacher: "copy" (a frozen copy of `model`), another module with those layers (it is frozen and put into
-                `eval()` in place), or a callable `(x_t, t, cond) -> list of features`.
+            teacher: "copy" (a frozen copy of `model`), "lora" (the base under LoRA layers, whose weights it shares), another
+                module with those layers (it is frozen and put into `eval()` in place), or a callable
+                `(x_t, t, cond) -> list of features`.
             features: "noisy" compares the noisy sample's tokens and streams, "all" whatever depends on the noisy sample.
             t: as in the constructor; by default uniform, with the scheduler's shift if it has one.
             t_prime: as in the constructor, like all that follow; by default what the teacher's `t_prime` says, else uniform.
@@ -203,7 +212,13 @@ class SelfPerceptualObjective:
             weight: see the constructor.
             t_range: see the constructor.
             seed: see the constructor.
-            truncate: let the copy drop what its first pass does not run.
+            micro_batch: see the constructor.
+            teacher_dtype: floating dtype of the copy's weights; by default the model's. Half precision is quicker and smaller,
+                and rounds the gradient, by most where t' is near t.
+            compile: run the teacher as one graph of torch.compile, whose arguments a dict holds.
+            example: a batch as the objective is given it, `(clean, cond)`, with every condition that is used later: the copy
+                then allocates only what a pass on it uses. Models of diffusers whose inputs can be made up need none.
+            truncate: let the copy leave out what no pass up to the layers runs.
 
         Returns:
             the objective.
@@ -226,6 +241,9 @@ class SelfPerceptualObjective:
             t=t,
             features=features,
             truncate=truncate,
+            teacher_dtype=teacher_dtype,
+            compile=compile,
+            example=example,
         )
         return cls(
             **built,
@@ -236,6 +254,7 @@ class SelfPerceptualObjective:
             weight=weight,
             t_range=t_range,
             seed=seed,
+            micro_batch=micro_batch,
         )
 
     def __call__(
@@ -405,8 +424,11 @@ class SelfPerceptualObjective:
         generator: torch.Generator,
     ) -> Tensor:
         like = first(clean)
+        importance = None
         if t_prime is None:
             t_prime = self._draw("t_prime", self.t_prime, like, t, generator)
+            if isinstance(self.t_prime, timesteps.Contributing):
+                importance = self.t_prime.weight(self.schedule, t, t_prime)
         else:
             self.schedule.check("t_prime", t_prime, len(like), like.device)
         predicted = self.output(model_pred, clean)
@@ -418,67 +440,24 @@ class SelfPerceptualObjective:
         if isinstance(self.t_prime, timesteps.Clean):
             scales = torch.ones_like(scales[0]), torch.zeros_like(scales[1])
         x_tt = mix_samples(clean, noise, scales)
-        renoised = renoise(x_tt, error, system=system, scales=scales, formulation=self.formulation, excess=excess)
-        cond = _check_cond(cond)
-        features = [self.teacher(sample, t_prime, cond) for sample in renoised]
-        with torch.no_grad():
-            true = self.teacher(x_tt, t_prime, cond)
-        for given in (true, *features):
-            self._check_features(given, len(like))
-            if [describe(f) for f in given] != [describe(f) for f in true]:
-                raise ValueError(
-                    f"`teacher` gives features of shapes {describe(given)} and {describe(true)}, expected the same in every pass."
-                )
-        for given in features if torch.is_grad_enabled() and any(d.requires_grad for d in leaves(error)) else ():
-            if not all(leaf.requires_grad for f in given for leaf in leaves(cast(Sample, f))):
-                raise ValueError(
-                    "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
-                    "without detaching; only the pass on the true pair is run under no_grad, by the objective."
-                )
-        perceptual = torch.stack([self._compare(f, true, len(like)) for f in features]).sum(0)
+        samples = renoise(x_tt, error, system=system, scales=scales, formulation=self.formulation, excess=excess)
+        perceptual = staged.perceptual(
+            self.teacher,
+            samples,
+            x_tt,
+            t_prime,
+            _check_cond(cond),
+            distance=self.distance,
+            micro_batches=self.micro_batches,
+        )
+        if importance is not None:
+            perceptual = perceptual * importance.to(perceptual.dtype)
         square = mean_square(error)
         self.terms = {"sp": perceptual.detach(), "mse": square.detach()}
         loss = perceptual + self.mse_weight * square if self.mse_weight else perceptual
         if self.weight is not None:
             loss = loss * self._weigh(self.weight, t).to(loss.dtype)
         return loss if reduction == "none" else loss.sum() / max(1, len(loss))
-
-    def _compare(self, features: list[Feature], true: list[Feature], batch: int) -> Tensor:
-        """Mean over the features of their distance, shape (B,)."""
-        values = []
-        for f, g in zip(features, true, strict=True):
-            if isinstance(f, list):  # samples of different sizes
-                values.append(torch.cat([self._distance(x, y) for x, y in zip(f, g, strict=True)]))
-                continue
-            value = self._distance(f, cast(Tensor, g))
-            values.append(value if len(value) == batch else value.reshape(batch, -1).mean(1))  # of batch · frames
-        return torch.stack(values).mean(0)
-
-    def _distance(self, f: Tensor, g: Tensor) -> Tensor:
-        dtype = compute_dtype(f, g)
-        value = self.distance(f.to(dtype), g.to(dtype))
-        if not isinstance(value, Tensor) or value.shape != f.shape[:1]:
-            raise ValueError(
-                f"`distance` gives {describe(value)}, expected one value per sample, shape {tuple(f.shape[:1])}."
-            )
-        return value
-
-    def _check_features(self, features: Any, batch: int) -> None:
-        if not isinstance(features, list | tuple) or not features or not all(map(_is_feature, features)):
-            raise TypeError(
-                f"`teacher` gives {describe(features)}, expected a list of features, one tensor of shape (B, *) per layer."
-            )
-        for feature in features:
-            if isinstance(feature, list):
-                if len(feature) != batch or any(len(part) != 1 for part in feature):
-                    raise ValueError(
-                        f"a feature has shapes {describe(feature)}, expected {batch} tensors of shape (1, *), one per sample."
-                    )
-            elif feature.ndim == 0 or len(feature) < batch or (len(feature) % batch if batch else len(feature)):
-                raise ValueError(
-                    f"a feature has shape {tuple(feature.shape)}, expected its first dimension to be the batch of {batch}, or the "
-                    "batch times frames. Take the sample's stream out of the layer with an adapter's `select`."
-                )
 
     def _weigh(self, weight: TimeFunction, t: Tensor) -> Tensor:
         value = weight(t)
@@ -514,12 +493,6 @@ class SelfPerceptualObjective:
             seed = torch.initial_seed() if self.seed is None else self.seed
             self._generator = torch.Generator(like.device).manual_seed(_stream(seed, _process_rank()))
         return self._generator
-
-
-def _is_feature(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(part, Tensor) and part.ndim > 0 for part in value)
-    return isinstance(value, Tensor)
 
 
 def _check_range(schedule: Schedule, t_range: tuple[float, float] | None) -> tuple[float, float]:

@@ -57,7 +57,7 @@ def renoise(
         excess: what the model saw at t beyond alpha clean + sigma noise, likewise; None for nothing.
 
     Returns:
-        one sample for the joint formulation, two for the split one, in the dtype of `x_tt`.
+        one sample for the joint formulation, two for the split one, in float32 or better.
     """
     alpha, sigma = scales
     delta = system.determinant
@@ -87,6 +87,6 @@ def _beyond(value: Tensor, clean: Tensor, noise: Tensor, scales: Scales) -> Tens
 def _shift(sample: Sample, direction: Sample, scale: Tensor) -> Sample:
     def shift(scales: tuple[Tensor], s: Tensor, d: Tensor) -> Tensor:
         wide = compute_dtype(s, d)
-        return (s.to(wide) + over(scales[0], d) * d).to(s.dtype)
+        return s.to(wide) + over(scales[0], d) * d
 
     return map_scaled(shift, (scale,), sample, direction)

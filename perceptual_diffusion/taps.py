@@ -1,6 +1,8 @@
 """Run a model up to named layers, return their outputs, and leave nothing behind."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -59,6 +61,83 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
+def path(model: nn.Module, name: str) -> list[nn.Module]:
+    """Give the modules through which a layer is reached, with wrappers, from the model to the layer itself.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layer(model, name)
+    on_path = [model]
+    for part in name.split("."):
+        while part not in on_path[-1]._modules:
+            on_path.append(on_path[-1]._modules[_held_under(on_path[-1])])  # type: ignore[arg-type]
+        on_path.append(on_path[-1]._modules[part])  # type: ignore[arg-type]
+    return on_path
+
+
+def may_stop(model: nn.Module, layers: Sequence[str]) -> bool:
+    """Whether a pass may be left by an exception at the layers.
+
+    It may not where modules gather, load or cast their weights before they run and undo that afterwards: sharded by FSDP or
+    ZeRO-3, or with hooks of accelerate or diffusers. Some would stay gathered.
+    """
+    first = next(model.parameters(), None)
+    if first is not None and hasattr(first, "ds_id"):  # ZeRO-3 marks every parameter
+        return False
+    if _is_offloaded(model, layers):
+        return False
+    on_path = (module for name in layers for module in path(model, name))
+    return all(
+        _names(type(module).__mro__).isdisjoint(("FSDPModule", "FullyShardedDataParallel")) for module in on_path
+    )
+
+
+def _is_offloaded(model: nn.Module, layers: Sequence[str]) -> bool:
+    """Whether there are hooks of accelerate or diffusers: they are on every leaf with weights, or on what holds leaves."""
+    leaf = next((module for module in model.modules() if module._parameters), model)
+    states = (vars(module) for name in layers for module in (leaf, *path(model, name)))
+    return any("_hf_hook" in state or "_diffusers_hook" in state for state in states)
+
+
+@lru_cache(maxsize=1024)
+def _names(bases: tuple[type, ...]) -> frozenset[str]:
+    """The names of the classes of a module: other packages' classes are known without an import."""
+    return frozenset(base.__name__ for base in bases)
+
+
+def _sharded(modules: list[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if "FSDPModule" in _names(type(module).__mro__)]
+
+
+def _gather(modules: list[Any], gradient: Tensor) -> None:
+    """Bring the weights back that the backward needs; FSDP2 takes them away again when it is through the module."""
+    for module in modules:
+        module.unshard()
+
+
+def _keeping(model: nn.Module, layers: Sequence[str]) -> AbstractContextManager[Any]:
+    """Let the graph keep the weights as they are in the pass, where they are taken out of the module before the backward."""
+    if torch.is_grad_enabled() and _is_offloaded(model, layers):
+        return torch.autograd.graph.saved_tensors_hooks(_detach, lambda tensor: tensor)
+    return nullcontext()
+
+
+def _detach(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.is_leaf and not tensor.requires_grad else tensor
+
+
+def _eager(model: nn.Module, layers: Sequence[str]) -> AbstractContextManager[Any]:
+    """Without torch.compile where the hooks would lie inside of what is compiled, which leaves them out."""
+    for name in layers:
+        *above, last = path(model, name)
+        compiled = any("_orig_mod" in module._modules for module in above)
+        if compiled or any(module._compiled_call_impl is not None for module in (*above, last)):
+            stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return stance
+    return nullcontext()
+
+
 def select(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Take the noisy sample's stream out of a layer's output.
 
@@ -94,7 +173,7 @@ def run(
     call: Callable[[], Any],
     *,
     select: FeatureSelect = select,
-    stop: bool = True,
+    stop: bool | None = None,
 ) -> list[Any]:
     """Run `call`, which runs `model`, and return the outputs of the named layers.
 
@@ -103,7 +182,7 @@ def run(
         layers: dotted names, at least one.
         call: runs the model; what it returns is ignored.
         select: takes what is wanted out of a layer's output.
-        stop: leave the pass as soon as every layer has been seen.
+        stop: leave the pass as soon as every layer has been seen; by default where `may_stop` allows it.
 
     Returns:
         what `select` took, one per name, in the order of `layers`; of a layer that runs several times, the first.
@@ -126,13 +205,21 @@ def run(
             # runs without grad and gives its output a graph afterwards.
             if torch.is_grad_enabled() == grad:
                 seen[name] = map_tensors(Tensor.clone, seen[name])
+            for tensor in _tensors(seen[name]):
+                if tensor.requires_grad and sharded.get(name):
+                    tensor.register_hook(partial(_gather, sharded[name]))
 
         return hook
 
     modules = {name: layer(model, name) for name in layers}
+    if stop is None:
+        stop = may_stop(model, layers)
+    # FSDP2 gathers a module for its backward when the gradient reaches its output; that of what holds the layer it never does.
+    sharded = {} if stop else {name: _sharded(path(model, name)[:-1]) for name in layers}
     handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        call()
+        with _eager(model, layers), _keeping(model, layers):
+            call()
     except _Stop as caught:
         if caught is not signal:
             raise

@@ -1,6 +1,6 @@
 """Where f* comes from: a frozen copy of the model that holds only what runs up to the last tapped layer, or a module."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from perceptual_diffusion import taps
 from perceptual_diffusion._checkpoints import unfreeze
 from perceptual_diffusion._shapes import batch_size, first, leaves, map_tensors
-from perceptual_diffusion.copies import Used, drop, frozen_copy
+from perceptual_diffusion.compiled import CompiledPass, options_of
+from perceptual_diffusion.copies import Seen, alias_copy, cut, frozen_copy
 from perceptual_diffusion.features import FEATURES, Captured, Features, Part, capture, locate
+from perceptual_diffusion.precision import Precision
 from perceptual_diffusion.types import Cond, Feature, FeatureSelect, ModelCall, Sample
 
 PLACES = ("mask", "ind", "len", "tag", "segment")
@@ -21,8 +23,6 @@ LOOKS = 4
 """After so many masks that leave the noisy sample's tokens where they are, masks are looked at no more."""
 REMEMBERED = 64
 """Shapes of the inputs whose layout is remembered, and masks for each."""
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ModuleTeacher:
@@ -37,10 +37,13 @@ class ModuleTeacher:
         select: takes one tensor, batch first, out of a layer's output; by default the noisy sample's part is found.
         features: "noisy" for the noisy sample's tokens and streams, "all" for whatever depends on the noisy sample.
         prepare: mends in place what `eval()` breaks.
-        stop: leave each pass after the last layer.
+        stop: leave each pass after the last layer; by default it is left where that is safe, and else run to its end: where
+            the module is sharded (FSDP, ZeRO-3) or has the hooks by which accelerate or diffusers offload it.
+        compile: run every pass but the first as one graph up to the last layer; a dict holds arguments of torch.compile.
 
     Raises:
-        ValueError: a layer does not exist, or `features` is unknown.
+        ValueError: a layer does not exist, `features` is unknown, or `stop` and `compile` exclude one another.
+        TypeError: `compile` is neither a bool nor a dict.
     """
 
     def __init__(
@@ -52,8 +55,14 @@ class ModuleTeacher:
         select: FeatureSelect | None = None,
         features: Features = "noisy",
         prepare: Callable[[nn.Module], None] | None = None,
-        stop: bool = True,
+        stop: bool | None = None,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
+        self._options = options_of(compile)
+        if self._options is not None and stop is False:
+            raise ValueError(
+                "`stop` is False, but a compiled pass always ends at the last layer. Pass `compile=False`."
+            )
         for name in layers:
             taps.layer(module, name)
         if features not in FEATURES:
@@ -63,8 +72,11 @@ class ModuleTeacher:
         self.features = features
         if prepare is not None:
             prepare(self.module)
-        self._parts: dict[str, dict[Any, list[tuple[Part, ...]]]] = {}
-        self._unfrozen = False
+        self._parts: dict[Any, dict[Any, list[tuple[Part, ...]]]] = {}
+        self._settled: dict[Any, list[tuple[Part, ...]]] = {}
+        self._unfrozen = self._ran = self._cut = False
+        self._compiled: CompiledPass | None = None
+        self._precision = Precision(self.module)
 
     def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
         """Give the features of the noisy sample.
@@ -83,33 +95,48 @@ class ModuleTeacher:
             ValueError: a layer did not run, or the gradient to the sample was lost.
         """
         held = next(self.module.parameters(), None)
-        for leaf in leaves(x_t):
+        free = taps.may_stop(self.module, self.layers)
+        stop = free or self._cut if self.stop is None else self.stop
+        for leaf in leaves(x_t) if free else ():  # else hooks bring the weights to the sample
             if held is not None and leaf.device != held.device:
                 raise ValueError(
                     f"the teacher is on {held.device}, expected {leaf.device}, the device of the sample. "
                     f"Call `objective.to({str(leaf.device)!r})`."
                 )
-        x_t, cond = self._cast(x_t), self._cast(map_tensors(Tensor.detach, dict(cond)))
+        (x_t, cond), in_dtype = self._precision(x_t, map_tensors(Tensor.detach, dict(cond)))
 
         def run(sample: Sample, select: FeatureSelect) -> list[Any]:
             with _no_fast_path():
-                return taps.run(
-                    self.module,
-                    self.layers,
-                    lambda: self.call(self.module, sample, t, cond),
-                    select=select,
-                    stop=self.stop,
+                found: list[Any] = in_dtype(
+                    lambda: taps.run(
+                        self.module,
+                        self.layers,
+                        lambda: self.call(self.module, sample, t, cond),
+                        select=select,
+                        stop=stop,
+                    )
                 )
+            return found
+
+        def fast(sample: Sample, select: FeatureSelect) -> list[Any]:
+            if self._options is None or not self._ran:  # a copy sees in its first pass what it needs
+                return run(sample, select)
+            if self._compiled is None:
+                self._compiled = CompiledPass(self.module, self.layers, select=select, options=self._options)
+            compiled = self._compiled
+            with _no_fast_path():
+                found: list[Any] = in_dtype(lambda: compiled(lambda module: self.call(module, sample, t, cond)))
+            return found
 
         grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t))
         if grad and not self._unfrozen:
             unfreeze(self.module, lambda: self._watched(run, x_t, capture))
             self._unfrozen = True
         if self.select is not None:
-            features = [[feature] for feature in run(x_t, self.select)]
+            features = [[feature] for feature in fast(x_t, self.select)]
         else:
             parts = self._located(partial(self._watched, run), x_t, cond)
-            given = zip(run(x_t, capture), parts, strict=True)
+            given = zip(fast(x_t, capture), parts, strict=True)
             features = [[part.take(layer, batch_size(x_t)) for part in found] for layer, found in given]
         if grad:
             for name, of_layer in zip(self.layers, features, strict=True):
@@ -118,6 +145,7 @@ class ModuleTeacher:
                         f"the teacher's layer {name!r} gives no gradient to the sample: it does not depend on it, or the model "
                         "runs under no_grad or reentrant checkpointing. Tap another layer, or use non-reentrant checkpointing."
                     )
+        self._ran = True
         return [feature for of_layer in features for feature in of_layer]
 
     def _watched(
@@ -153,29 +181,24 @@ class ModuleTeacher:
         self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond
     ) -> list[tuple[Part, ...]]:
         """The noisy sample's part of each layer, found again when the layout of the inputs changes."""
-        shapes = repr((_layout(x_t), _layout(cond)))
+        shapes = _layout(x_t), _layout(cond)
+        if shapes in self._settled:
+            return self._settled[shapes]
         if shapes not in self._parts and len(self._parts) >= REMEMBERED:
-            self._parts.pop(next(iter(self._parts)))
+            self._settled.pop(oldest := next(iter(self._parts)), None)
+            self._parts.pop(oldest)
         seen = self._parts.setdefault(shapes, {})
         places = _places(cond)
         if places in seen:
             return seen[places]
-        known = list(seen.values())
-        if len(known) >= LOOKS and all(parts == known[0] for parts in known):
-            return known[0]  # masks and indices do not move the sample's tokens in this model
         if len(seen) >= REMEMBERED:
             seen.pop(next(iter(seen)))
         found = locate(run, x_t, self.layers, self.features)
         if all(bool(leaf.isfinite().all()) for leaf in leaves(x_t)):  # what a broken batch shows is not kept
             seen[places] = found
+            if len(seen) >= LOOKS and all(parts == found for parts in seen.values()):
+                self._settled[shapes] = found  # masks and indices do not move the sample's tokens in this model
         return found
-
-    def _cast(self, value: Any) -> Any:
-        """Give floating tensors the dtype of the weights, unless autocast sees to it."""
-        weight = next((p for p in self.module.parameters() if p.dtype in FLOATS), None)
-        if weight is None or torch.is_autocast_enabled(weight.device.type):
-            return value
-        return map_tensors(lambda x: x.to(weight.dtype) if x.is_floating_point() else x, value)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the module, as `nn.Module.to` does."""
@@ -199,15 +222,15 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _layout(value: Any) -> Any:
+def _layout(value: Any) -> tuple[Any, ...]:
     """Shapes of tensors and values of numbers: what decides where the tokens of a sequence lie."""
     if isinstance(value, Tensor):
-        return tuple(value.shape)
+        return "tensor", value.shape
     if isinstance(value, Mapping):
-        return {key: _layout(item) for key, item in value.items()}
+        return "mapping", *((key, _layout(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return [_layout(item) for item in value]
-    return value if isinstance(value, bool | int | str | None) else type(value).__name__
+        return "list", *map(_layout, value)
+    return type(value).__name__, value if isinstance(value, bool | int | str) else None
 
 
 def _places(value: Any, name: str = "") -> tuple[bytes, ...]:
@@ -223,7 +246,9 @@ def _places(value: Any, name: str = "") -> tuple[bytes, ...]:
 
 
 class CopyTeacher(ModuleTeacher):
-    """A frozen copy of the model as it is now; after its first pass it holds only what that pass ran.
+    """A frozen copy of the model as it is now, that holds only what a pass up to the last tapped layer uses.
+
+    With `example`, that is all it ever allocates. Without, it is cut by its first pass.
 
     Args:
         model: the MSE-trained model, also inside DDP or torch.compile.
@@ -232,10 +257,14 @@ class CopyTeacher(ModuleTeacher):
         select: as in `ModuleTeacher`.
         features: likewise.
         prepare: likewise.
-        truncate: drop what the first pass does not run.
+        compile: likewise.
+        truncate: leave out what a pass does not use.
+        dtype: the dtype of the copy's parameters, but of those that the model keeps in float32; by default the model's.
+        example: a noisy sample, its times and its condition, as a pass is given them, with every condition that is used later.
+        without: modules of `model` that no pass up to the layers runs, where that is known: they are left out from the start.
 
     Raises:
-        ValueError: the model is partitioned (FSDP, ZeRO-3) or cannot be copied.
+        ValueError: the model is partitioned (FSDP, ZeRO-3), offloaded, or cannot be copied; or `example` cannot be run.
     """
 
     def __init__(
@@ -247,26 +276,72 @@ class CopyTeacher(ModuleTeacher):
         select: FeatureSelect | None = None,
         features: Features = "noisy",
         prepare: Callable[[nn.Module], None] | None = None,
+        compile: bool | Mapping[str, Any] = False,
         truncate: bool = True,
+        dtype: torch.dtype | None = None,
+        example: tuple[Sample, Tensor, Cond] | None = None,
+        without: Collection[nn.Module] = (),
     ) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"`dtype` is {dtype}, expected a floating dtype, such as torch.bfloat16.")
+        spare = set(without) if truncate else set()
+        if truncate and example is not None:
+            spare |= _unused(model, example, layers=layers, call=call, prepare=prepare)
         super().__init__(
-            frozen_copy(model), layers=layers, call=call, select=select, features=features, prepare=prepare
+            frozen_copy(model, without=spare, dtype=dtype),
+            layers=layers,
+            call=call,
+            select=select,
+            features=features,
+            prepare=prepare,
+            compile=compile,
         )
-        self._truncate = truncate
+        self._truncate, self._cut = truncate and example is None, bool(spare)
 
     def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
-        if not self._truncate:
+        if not self._truncate or not taps.may_stop(self.module, self.layers):
             return super().__call__(x_t, t, cond)
-        ran: set[nn.Module] = {self.module}
-        handles = [
-            module.register_forward_pre_hook(lambda module, args: ran.add(module)) for module in self.module.modules()
-        ]
-        try:
-            with Used() as used:
-                features = super().__call__(x_t, t, cond)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._truncate = False
-        drop(self.module, ran, used.ids, self.layers)
+        with _watched_calls(self) as seen:
+            features = super().__call__(x_t, t, cond)
+        self._truncate, self._cut = False, True
+        cut(self.module, seen.spare(self.module, self.layers))
         return features
+
+
+def _unused(
+    model: nn.Module,
+    example: tuple[Sample, Tensor, Cond],
+    *,
+    layers: Sequence[str],
+    call: ModelCall,
+    prepare: Callable[[nn.Module], None] | None,
+) -> set[nn.Module]:
+    """The modules that a pass does not use; it runs on an alias and leaves no trace in the model."""
+    alias, originals = alias_copy(model)
+    teacher = ModuleTeacher(alias, layers=layers, call=call, select=capture, prepare=prepare)
+    devices = {parameter.device for parameter in alias.parameters() if parameter.device.type == "cuda"}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _watched_calls(teacher) as seen:
+            teacher(*example)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own
+        raise ValueError(f"the model cannot be run on `example`: {error}") from error
+    return {originals[module] for module in seen.spare(alias, layers)}
+
+
+@contextmanager
+def _watched_calls(teacher: ModuleTeacher) -> Iterator[Seen]:
+    """Record what the model runs and uses, but not what the teacher does around it."""
+    seen, call = Seen(), teacher.call
+
+    def watched(model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
+        with seen:
+            return call(model, x_t, t, cond)
+
+    teacher.call = watched
+    try:
+        with seen.watching(teacher.module):
+            yield seen
+    finally:
+        teacher.call = call

@@ -26,12 +26,19 @@ MAY_IMPORT = {
     "distances": BASE,
     "renoising": BASE | {"schedules", "parameterizations"},
     "objective": BASE
-    | {"schedules", "parameterizations", "timesteps", "renoising", "distances", "weights", "features", "checks"},
+    | {"schedules", "parameterizations", "timesteps", "renoising", "distances", "weights", "features", "checks", "staged"},
+    "comparison": BASE,
+    "staged": BASE | {"comparison"},
     "taps": BASE,
+    "compiled": BASE | {"taps"},
     "features": BASE,
     "_checkpoints": set(),
     "copies": {"taps"},
-    "teachers": BASE | {"taps", "features", "copies", "_checkpoints"},
+    "precision": BASE,
+    "teachers": BASE | {"taps", "compiled", "features", "copies", "precision", "_checkpoints"},
+    "_peft": {"copies"},
+    "_alias": {"_peft", "taps", "copies"},
+    "lora": BASE | {"_alias", "teachers", "features"},
 }
 CHECKING = [name for name in sorted(FILES) if name.startswith("_checking")]
 MAY_IMPORT |= {

@@ -427,11 +427,13 @@ def test_a_channel_that_dwarfs_the_others_is_warned_of():
 def test_a_teacher_that_learns_is_named():
     model, net = ConvNet(), ConvNet().eval()
     net.body.weight.grad = torch.ones_like(net.body.weight)
-    assert fault(bare(lambda x, t, cond: [net.body(net.stem(x))]), model) == "unfrozen"
+    learning = lambda x, t, cond: [net.body(net.stem(x))]  # noqa: E731
+    check(bare(learning), model, pictures())  # its weights are not asked for a gradient
+    assert fault(bare(learning, micro_batch=None), model) == "unfrozen"
     assert torch.equal(net.body.weight.grad, torch.ones_like(net.body.weight))
     assert net.stem.weight.grad is None
     weight = nn.Parameter(torch.randn(4, 3, 1, 1))  # held by no module
-    assert fault(bare(lambda x, t, cond: [torch.conv2d(x, weight)]), model) == "unfrozen"
+    assert fault(bare(lambda x, t, cond: [torch.conv2d(x, weight)], micro_batch=None), model) == "unfrozen"
 
 
 def test_a_teacher_that_is_the_student_is_named():
@@ -675,6 +677,8 @@ def with_grad(model, x_t, t, cond):
     return model(x_t.requires_grad_(), t)
 
 
+RECOMPUTED = {None: "gradient", "auto": "shared"}
+"""What is named where the backward recomputes with other adapters: taken inside the loss, the check sees them run."""
 AT_THE_TRUE_PAIR = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 
 
@@ -683,11 +687,13 @@ AT_THE_TRUE_PAIR = pytest.mark.filterwarnings("ignore:None of the inputs have re
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_adapters_switched_off_for_the_teacher_are_named_under_checkpointing_alone(reentrant, dtype):
     model = lora(reentrant, ["student"]).to(dtype)
-    objective = bare(model.teacher(None), call=with_grad)
-    if reentrant is None:
-        check(objective, model, pictures().to(dtype))
-    else:
-        assert fault(objective, model, pictures().to(dtype)) == "gradient"
+    for micro_batch, name in RECOMPUTED.items():
+        objective = bare(model.teacher(None), call=with_grad, micro_batch=micro_batch)
+        if reentrant is None:
+            check(objective, model, pictures().to(dtype))
+        else:
+            expected = name if reentrant else "gradient"  # otherwise the recomputation itself is refused
+            assert fault(objective, model, pictures().to(dtype)) == expected
 
 
 def test_a_teacher_that_leaves_the_students_adapters_switched_is_named():
@@ -705,11 +711,12 @@ def test_a_teacher_that_leaves_the_students_adapters_switched_is_named():
 @pytest.mark.parametrize("reentrant", [None, True])
 def test_a_second_adapter_as_teacher_is_named_under_reentrant_checkpointing_alone(reentrant):
     model = lora(reentrant, ["student"])
-    objective = bare(model.teacher("teacher"), call=with_grad)
-    if reentrant is None:
-        check(objective, model, pictures())
-    else:
-        assert fault(objective, model) == "gradient"
+    for micro_batch, name in RECOMPUTED.items():
+        objective = bare(model.teacher("teacher"), call=with_grad, micro_batch=micro_batch)
+        if reentrant is None:
+            check(objective, model, pictures())
+        else:
+            assert fault(objective, model) == name
 
 
 @AT_THE_TRUE_PAIR

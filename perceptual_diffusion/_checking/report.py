@@ -118,6 +118,7 @@ def named(fault: str, what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, SetupError):
         raise
     except Exception as error:
+        fault = "gradient" if "recomputes something else" in str(error) else fault
         raise SetupError(fault, f"{what}: {type(error).__name__}: {str(error).rstrip('.')}.") from error
 
 

@@ -30,7 +30,6 @@ class Adapter:
         output: `(output, x_t) -> prediction`.
         select: takes one tensor, batch first, out of a layer's output; None: the noisy sample's part is found.
         prepare: mends in place what `eval()` breaks in a teacher of the family.
-        truncate: whether a copy may drop what its first pass does not run.
         time: the unit of the model's time, one of `TIMES`.
         prediction: what released models of the family predict on a flow-matching scheduler or where no scheduler says it;
             several where they differ; None: only the scheduler says it.
@@ -44,7 +43,6 @@ class Adapter:
     output: ModelOutput = take_prediction
     select: FeatureSelect | None = None
     prepare: Callable[[nn.Module], None] | None = None
-    truncate: bool = True
     time: str = "schedule"
     prediction: str | tuple[str, ...] | None = None
     why: str = "declared"

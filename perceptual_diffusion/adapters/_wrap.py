@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perceptual_diffusion import objective, taps
-from perceptual_diffusion._shapes import map_scaled, over
+from perceptual_diffusion._shapes import check_sample, first, map_scaled, over
 from perceptual_diffusion.adapters import edm
 from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known, without_variance
+from perceptual_diffusion.adapters._trace import after_layers
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
 from perceptual_diffusion.copies import same_storage
-from perceptual_diffusion.features import Features
+from perceptual_diffusion.lora import LoraTeacher
 from perceptual_diffusion.schedules import EDM, Linear, Schedule
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 from perceptual_diffusion.types import Cond, ModelCall
@@ -34,7 +36,7 @@ def assemble(
     teacher: Any,
     t: Any,
     features: Any,
-    truncate: bool,
+    **how: Any,
 ) -> dict[str, Any]:
     """Turn the arguments of `SelfPerceptualObjective.wrap` into those of its constructor."""
     model, schedule = _from_pipeline(model, schedule)
@@ -51,14 +53,20 @@ def assemble(
         log = logger.info if adapter.sure else logger.warning
         log("%s: comparing the features of %s (%s)", type(model).__name__, ", ".join(adapter.layers), adapter.why)
     student_call = call or _family_call(adapter, process)
-    names = names or adapter.layers
+    options = {
+        "layers": names or adapter.layers,
+        "call": student_call,
+        "select": adapter.select,
+        "features": features,
+        "prepare": adapter.prepare,
+    }
     return {
         "schedule": process.schedule,
         "prediction": _prediction(adapter, process) if prediction is None else prediction,
         "call": student_call,
         "output": output or adapter.output,
         "t": process.t if t is None else t,
-        "teacher": _teacher(model, teacher, names, student_call, adapter, features, truncate),
+        "teacher": _teacher(model, teacher, process.schedule, options, how | {"own_call": call is not None}),
     }
 
 
@@ -177,38 +185,71 @@ class _Scaled:
 
 
 def _teacher(
-    model: nn.Module,
-    teacher: Any,
-    names: tuple[str, ...],
-    call: ModelCall,
-    adapter: Adapter,
-    features: Features,
-    truncate: bool,
+    model: nn.Module, teacher: Any, schedule: Schedule, options: Mapping[str, Any], how: Mapping[str, Any]
 ) -> Any:
-    if isinstance(teacher, str):
-        if teacher != "copy":
-            raise ValueError(
-                f"unknown teacher {teacher!r}, expected 'copy', a torch.nn.Module, or a callable `(x_t, t, cond) -> features`."
-            )
+    """The teacher of a name, or of a module; anything else is one already."""
+    kind = teacher if isinstance(teacher, str) else "a module" if isinstance(teacher, nn.Module) else "a callable"
+    if kind not in ("copy", "lora", "a module", "a callable"):
+        raise ValueError(
+            f"unknown teacher {teacher!r}, expected 'copy', 'lora', a torch.nn.Module, or a callable `(x_t, t, cond) -> features`."
+        )
+    _check_options(kind, how)
+    if kind == "copy":
+        example, found = _example(how["example"], schedule), None
+        if how["truncate"] and example is None and not how["own_call"]:  # a call of the user's is run on data only
+            found = after_layers(model, options["call"], schedule, options["layers"])
         return CopyTeacher(
             model,
-            layers=names,
-            call=call,
-            select=adapter.select,
-            features=features,
-            prepare=adapter.prepare,
-            truncate=truncate and adapter.truncate,
+            **options,
+            compile=how["compile"],
+            truncate=how["truncate"],
+            dtype=how["teacher_dtype"],
+            example=example,
+            without=found or (),
         )
-    if not isinstance(teacher, nn.Module):
+    if kind == "lora":
+        return LoraTeacher(model, **options, compile=how["compile"])
+    if kind == "a callable":
         return teacher
     inner = taps.unwrap(teacher)
     if same_storage(taps.unwrap(model), inner):
         raise ValueError(
-            "`teacher` shares its weights with `model`, so it would move with it. Pass 'copy', or a module of its own."
+            "`teacher` shares its weights with `model`, so it would move with it. Pass 'copy', or a module of its own; of a model "
+            "with LoRA, 'lora'."
         )
-    return ModuleTeacher(
-        inner, layers=names, call=call, select=adapter.select, features=features, prepare=adapter.prepare
-    )
+    return ModuleTeacher(inner, **options, compile=how["compile"])
+
+
+MEANT_FOR = {
+    "teacher_dtype": ("copy",),
+    "example": ("copy",),
+    "compile": ("copy", "lora", "a module"),
+}
+"""The kinds of teacher that an argument is for."""
+
+
+def _check_options(kind: str, how: Mapping[str, Any]) -> None:
+    for name, kinds in MEANT_FOR.items():
+        if how[name] not in (None, False) and kind not in kinds:
+            raise ValueError(
+                f"`{name}` is given, but the teacher is {kind if kind.startswith('a ') else repr(kind)}. It is for "
+                f"{', '.join(k if k.startswith('a ') else repr(k) for k in kinds)} only; leave it out."
+            )
+
+
+def _example(example: Any, schedule: Schedule) -> tuple[Any, Tensor, Cond] | None:
+    """An input of the teacher, of a clean sample and its condition."""
+    if example is None:
+        return None
+    if not isinstance(example, tuple | list) or len(example) != 2 or not isinstance(example[1], Mapping | None):
+        raise TypeError(
+            "`example` is not a pair. Pass a batch as it is given to the objective: `(clean, cond)`, `cond` a mapping or None."
+        )
+    clean, cond = example
+    check_sample("example[0]", clean)
+    like = first(clean)
+    t = schedule.at(torch.full((len(like),), 0.5, dtype=torch.float64)).to(like.device)
+    return clean, t if schedule.discrete else t.float(), cond or {}
 
 
 objective.install(assemble)

@@ -65,7 +65,6 @@ class Family:
         round_time: whether the class takes its time in the dtype of its weights, as its pipeline gives it.
         select: takes the noisy sample's part out of the middle's output, where it cannot be found.
         flex: whether its attention is FlexAttention, which has no backward on a CPU.
-        truncate: whether a copy may drop the blocks behind the middle: not where the model looks at all of them.
         awake: modules that have no gradient to their input in eval mode, and no dropout in train mode.
         refused: why it cannot be used.
         note: what a user should know.
@@ -87,7 +86,6 @@ class Family:
     round_time: bool = False
     select: FeatureSelect | None = None
     flex: bool = False
-    truncate: bool = True
     awake: tuple[str, ...] = ()
     refused: str = ""
     note: str = ""
@@ -103,7 +101,6 @@ class Family:
             output=self.output,
             select=self.select,
             prepare=self.prepare,
-            truncate=self.truncate,
             time=self.time,
             prediction=self.prediction,
             why=f"the class table has {self.middle}",
@@ -451,7 +448,7 @@ FAMILIES: dict[str, Family] = {
     "OmniGenTransformer2DModel": Family(modality="image", middle="layers", time="reversed unit", prediction=DATAWARD),
     "PriorTransformer": Family(modality="image embedding", middle=BLOCKS, outputs=("predicted_image_embedding",)),
     "QwenImage21Transformer2DModel": Family(
-        modality="image", middle=BLOCKS, time="unit", prediction=FLOW, first=True, truncate=False
+        modality="image", middle=BLOCKS, time="unit", prediction=FLOW, first=True
     ),
     "NucleusMoEImageTransformer2DModel": Family(modality="image", middle=BLOCKS, time="unit", prediction=DATAWARD),
     # transformers with two streams, text and image

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from perceptual_diffusion import taps
-from perceptual_diffusion.inspection.arguments import NEEDED, RULES, WHEN_NEEDED, Setting
+from perceptual_diffusion.adapters._arguments import NEEDED, RULES, WHEN_NEEDED, Setting
 from perceptual_diffusion.types import Sample
 
 TIMES = {

@@ -1,0 +1,395 @@
+"""The teacher's gradient, taken inside the forward of the loss, a few samples at a time.
+
+The loss of a sample is a function of its own x̂_t' alone. So its gradient G = dL/dx̂_t' can be taken at once and the teacher's
+activations be freed, before the student's backward begins; that is handed G, times whatever the loss was weighted by. What the teacher keeps for its backward then never lies beside that of other samples. Numbers and
+arithmetic are those of plain autograd.
+
+The gradient of the distance is taken in float32, and scaled by a power of two for the backward through the teacher, so that
+it neither under- nor overflows in float16.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
+
+from perceptual_diffusion._shapes import (
+    WAYS,
+    batch_size,
+    compute_dtype,
+    first,
+    join,
+    layout,
+    leaves,
+    map_leaves,
+    map_scaled,
+    over,
+    take,
+    take_cond,
+)
+from perceptual_diffusion.comparison import check_features, compare
+from perceptual_diffusion.types import Cond, Distance, Feature, Sample, Teacher
+
+logger = logging.getLogger("perceptual_diffusion")
+
+MicroBatch = int | Literal["auto"] | None
+
+SHARE = 32
+"""With "auto", the teacher's activations may take one part in so many of the device's memory."""
+LOOKS = 4
+"""After so many layouts in which the conditions could be split, others are taken on trust."""
+APART = {torch.float16: 0.05, torch.bfloat16: 0.1}
+"""How far, relatively, a split batch may change a feature by rounding; in other dtypes 1e-3."""
+FAILURES = (ValueError, TypeError, RuntimeError, IndexError, KeyError)
+"""What a pass raises whose conditions were split wrongly."""
+
+
+class MicroBatches:
+    """How many samples go through the teacher at a time.
+
+    Args:
+        size: that number; "auto" for as many as keep the teacher's activations small beside the device's memory.
+
+    Raises:
+        ValueError: it is neither a positive number nor "auto".
+    """
+
+    def __init__(self, size: int | Literal["auto"]) -> None:
+        if size != "auto" and not (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+            raise ValueError(
+                f"`micro_batch` is {size!r}, expected a number of samples, 'auto', or None for plain autograd."
+            )
+        self.size = size
+        self._saved: dict[str, int] = {}
+        self._ways: dict[str, str | None] = {}
+        self._accumulate = False
+
+    def parts(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> list[tuple[slice, Cond]]:
+        """Say how a batch is split, (B, *) or nested, with times (B,).
+
+        Returns:
+            the parts, each with its conditions.
+
+        Raises:
+            ValueError: a number of samples was asked for, and the conditions cannot be split.
+        """
+        batch = batch_size(x)
+        size = self._fitting(teacher, x, t, cond) if self.size == "auto" else self.size
+        if size >= batch:
+            return [(slice(0, batch), cond)]
+        size = -(-batch // -(-batch // size))  # as even as can be
+        slices = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+        way = self._way(teacher, x, t, cond, slices)
+        if way is None:
+            return [(slice(0, batch), cond)]
+        return [(part, take_cond(cond, batch, part, way)) for part in slices]
+
+    def differentiated(self, take_gradient: Callable[[bool], tuple[Tensor, list[Sample]]]) -> Any:
+        """Give what the function gives; if the teacher needs an accumulating backward, tell it so."""
+        if not self._accumulate:
+            try:
+                return take_gradient(False)
+            except CheckpointError as error:
+                raise ValueError(
+                    "the teacher's backward recomputes something else than its forward ran, as where adapters are switched off "
+                    "for its forward alone. Use `teacher='lora'` or 'copy', or no checkpointing."
+                ) from error
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+            self._accumulate = True
+        return take_gradient(True)
+
+    def _fitting(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
+        """How many samples' activations take up their share of the device's memory."""
+        share = _memory(first(x).device) // SHARE
+        batch, one = batch_size(x), slice(0, 1)
+        if batch < 2 or not share:
+            return batch
+        key = repr([leaf.shape for leaf in leaves(take(x, one))])
+        if key not in self._saved:
+            self._saved[key] = self._saved_by_one(teacher, take(x, one), t[one], cond, batch)
+        return max(1, share // self._saved[key]) if self._saved[key] else batch
+
+    def _saved_by_one(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, batch: int) -> int:
+        """Bytes that the teacher keeps for the backward of one sample; 0 where that cannot be run."""
+        why = "no way of splitting was tried"
+        for way in WAYS:
+            try:
+                with _counting(teacher) as saved, torch.random.fork_rng(devices=_cuda(x)), torch.enable_grad():
+                    sample = map_leaves(lambda v: v.detach().clone().requires_grad_(), x)
+                    teacher(sample, t, take_cond(cond, batch, slice(0, 1), way))
+                return saved.total
+            except FAILURES as error:
+                why = str(error)
+        logger.info("the teacher's batch is not split: a pass on one sample fails (%s)", why)
+        return 0
+
+    def _way(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice]) -> str | None:
+        """How the conditions have to be split so that the features of the parts are those of the batch."""
+        key = repr((layout(x), layout(cond), slices[0]))
+        known = list(self._ways.values())
+        if key not in self._ways and len(known) >= LOOKS and len(set(known)) == 1:
+            return known[0]
+        if key not in self._ways:
+            self._ways[key] = self._found(teacher, x, t, cond, slices)
+        return self._ways[key]
+
+    def _found(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice]) -> str | None:
+        why = ""
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)):
+            whole = teacher(x, t, cond)
+            for way in WAYS:
+                differs = self._apart(whole, teacher, x, t, cond, slices, way)
+                if not differs:
+                    return way
+                why = why or differs
+        if self.size != "auto":
+            raise ValueError(
+                f"`micro_batch` is {self.size}, but the teacher's batch cannot be split: {why}. The samples lie in no "
+                "dimension of their own in a condition, or depend on each other. Pass `micro_batch=None`."
+            )
+        logger.info("the teacher's batch is not split: %s", why)
+        return None
+
+    def _apart(
+        self, whole: list[Feature], teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice], way: str
+    ) -> str:
+        """Say what differs between the features of the parts and those of the batch; nothing if they are the same."""
+        batch = batch_size(x)
+        try:
+            split = [teacher(take(x, part), t[part], take_cond(cond, batch, part, way)) for part in slices]
+        except FAILURES as error:
+            return f"a pass on a part of it fails ({error})"
+        for index, of_layer in enumerate(zip(*split, strict=True)):
+            one, other = _rows(whole[index]), [row for part in of_layer for row in _rows(part)]
+            if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
+                return "its features have other shapes on a part of it"
+            apart = sum(_square(a - b) for a, b in zip(one, other, strict=True))
+            size = sum(map(_square, one))
+            if not apart <= _tolerance(whole[index], x) ** 2 * size:
+                return f"its features change by {(apart / max(size, 1e-30)) ** 0.5:.1%} on a part of it"
+        return ""
+
+
+def perceptual(
+    teacher: Teacher,
+    samples: list[Sample],
+    x_tt: Sample,
+    t: Tensor,
+    cond: Cond,
+    *,
+    distance: Distance,
+    micro_batches: MicroBatches | None,
+) -> Tensor:
+    """Give the distance between the teacher's features of the predicted and of the true pair.
+
+    Args:
+        teacher: the teacher.
+        samples: the predicted pair at t', (B, *) or nested, in float32 or better, with its graph; two of the split formulation.
+        x_tt: the true pair at t', in the dtype that the teacher is given.
+        t: t', shape (B,).
+        cond: the conditions.
+        distance: compares two features.
+        micro_batches: how the batch is split; None for plain autograd through the teacher.
+
+    Returns:
+        one value per sample, shape (B,).
+
+    Raises:
+        TypeError: the teacher gives no features.
+        ValueError: they are wrong, or the gradient is lost.
+    """
+    batch = batch_size(x_tt)
+    grad = torch.is_grad_enabled() and any(leaf.requires_grad for sample in samples for leaf in leaves(sample))
+    if micro_batches is None or not grad or not batch:
+        features, of_true = _passes(teacher, samples, x_tt, t, cond, grad=grad)
+        return torch.stack([compare(f, of_true, batch, distance) for f in features]).sum(0)
+    values, gradients = [], []
+    for part, told in micro_batches.parts(teacher, x_tt, t, cond):
+        given = take(x_tt, part), t[part], told
+        value, gradient = micro_batches.differentiated(
+            lambda accumulate, part=part, given=given: _value_and_gradient(  # type: ignore[misc]
+                teacher,
+                [_held(take(sample, part)) for sample in samples],
+                *given,
+                distance=distance,
+                accumulate=accumulate,
+            )
+        )
+        values.append(value)
+        gradients.append(gradient)
+    joined = [join(list(column)) for column in zip(*gradients, strict=True)]
+    return cast(Tensor, _Known.apply(torch.cat(values), joined, *_all_leaves(samples)))
+
+
+def _passes(
+    teacher: Teacher, samples: list[Sample], x_tt: Sample, t: Tensor, cond: Cond, *, grad: bool
+) -> tuple[list[list[Feature]], list[Feature]]:
+    """The features of the predicted samples, with their graph, and those of the true ones."""
+    features = [teacher(map_leaves(lambda s, x: s.to(x.dtype), sample, x_tt), t, cond) for sample in samples]
+    with torch.no_grad():
+        true = teacher(x_tt, t, cond)
+    for given in features:
+        check_features(given, true, batch_size(x_tt))
+        if grad and not all(leaf.requires_grad for leaf in _all_leaves(given)):
+            raise ValueError(
+                "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
+                "without detaching; only the pass on the true pair is run under no_grad, by the objective."
+            )
+    return features, true
+
+
+def _value_and_gradient(
+    teacher: Teacher,
+    samples: list[Sample],
+    x_tt: Sample,
+    t: Tensor,
+    cond: Cond,
+    *,
+    distance: Distance,
+    accumulate: bool,
+) -> tuple[Tensor, list[Sample]]:
+    """The distance of each sample, and its gradient with respect to the predicted samples.
+
+    `accumulate` takes it by `backward`, which a teacher with reentrant checkpointing needs.
+    """
+    features, true = _passes(teacher, samples, x_tt, t, cond, grad=True)
+    cut = [[map_leaves(_widened, cast(Sample, feature)) for feature in given] for given in features]
+    values = [compare(cast("list[Feature]", given), true, batch_size(x_tt), distance) for given in cut]
+    value = torch.stack(values).sum(0)
+    if not value.requires_grad:
+        raise ValueError(
+            "`distance` gives no gradient to the predicted features, so the loss would train nothing. Compute it from its first "
+            "argument without no_grad and without detaching."
+        )
+    outputs = [leaf for given in features for leaf in _all_leaves(given)]
+    inputs = [leaf for given in cut for leaf in _all_leaves(given)]
+    with torch.autocast(first(x_tt).device.type, enabled=False):  # a backward does not belong under autocast
+        of_features = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
+        scale = _scale(of_features)
+        scaled = [(g * scale).to(f.dtype) for g, f in zip(of_features, outputs, strict=True)]
+        if accumulate:
+            torch.autograd.backward(outputs, scaled)
+            found = [torch.zeros_like(x) if x.grad is None else x.grad for x in _all_leaves(samples)]
+        else:
+            found = list(torch.autograd.grad(outputs, _all_leaves(samples), scaled, materialize_grads=True))
+    gradients = iter(found)
+    return value.detach(), [map_leaves(lambda _: next(gradients) / scale, sample) for sample in samples]
+
+
+def _held(sample: Sample) -> Sample:
+    """A sample cut off from its graph, that takes a gradient of its own."""
+    return map_leaves(lambda x: x.detach().requires_grad_(), sample)
+
+
+def _all_leaves(parts: Iterable[Any]) -> list[Tensor]:
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def _widened(feature: Tensor) -> Tensor:
+    return feature.detach().to(compute_dtype(feature)).requires_grad_()
+
+
+def _scale(gradients: tuple[Tensor, ...]) -> Tensor:
+    """The power of two that brings the largest of the gradients to about 1."""
+    sizes = [g.abs().amax() for g in gradients if g.numel()]
+    if not sizes:
+        return torch.ones((), dtype=gradients[0].dtype, device=gradients[0].device)
+    largest = torch.stack(sizes).amax()
+    exponent = torch.frexp(largest).exponent.clamp(-100, 100)
+    scale = torch.ldexp(torch.ones_like(largest), -exponent)
+    return torch.where(largest.isfinite() & (largest > 0), scale, torch.ones_like(scale))
+
+
+class _Known(torch.autograd.Function):
+    """Values whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: list[Sample], *samples: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "the loss was differentiated twice, but its gradient through the teacher was taken once and for all. "
+                "Wrap with `micro_batch=None`."
+            )
+        weighted = [map_scaled(lambda k, g: over(k[0], g) * g, (given,), gradient) for gradient in ctx.gradients]
+        return None, None, *_all_leaves(weighted)
+
+
+class _counting(AbstractContextManager["_counting"]):
+    """Counts the bytes that graphs made inside keep, without the teacher's weights."""
+
+    def __init__(self, teacher: Any) -> None:
+        module = getattr(teacher, "module", None)
+        weights = (*module.parameters(), *module.buffers()) if isinstance(module, torch.nn.Module) else ()
+        self.weights = {_storage(weight) for weight in weights}
+        self.held: dict[int, int] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in self.weights:
+            self.held[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self.held.values())
+
+    def __enter__(self) -> "_counting":
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        self.hooks.__exit__(*args)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # a subclass without a storage of its own
+        return id(tensor)
+
+
+def _rows(feature: Feature) -> list[Tensor]:
+    return list(feature) if isinstance(feature, Tensor) else [part[0] for part in feature]
+
+
+def _square(value: Tensor) -> float:
+    """The sum of squares, without what is not finite."""
+    return float(value.float().nan_to_num(0, 0, 0).square().sum())
+
+
+def _tolerance(feature: Feature, x: Sample) -> float:
+    device = first(x).device.type
+    dtypes = {leaf.dtype for leaf in (*leaves(cast(Sample, feature)), *leaves(x))}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return max(APART.get(dtype, 1e-3) for dtype in dtypes)
+
+
+def _cuda(x: Sample) -> list[torch.device]:
+    device = first(x).device
+    return [device] if device.type == "cuda" else []
+
+
+def _memory(device: torch.device) -> int:
+    """The memory of a device in bytes; 0 where that is not known."""
+    if device.type == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # not on Windows
+            return 0
+    try:
+        return int(torch.get_device_module(device).get_device_properties(device).total_memory)
+    except (AttributeError, RuntimeError, AssertionError):
+        return 0
