@@ -8,6 +8,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -194,9 +195,10 @@ def copy_tree(model: nn.Module, memo: dict[int, Any], inner: Callable[[nn.Module
         copied: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:  # whatever a model holds may refuse in its own way
         raise ValueError(f"`model` cannot be copied: {error}. Copy it yourself and pass it as `teacher=`.") from error
-    for module in list(copied.modules()):
+    for name, module in list(copied.named_modules()):
         _hide(module)
         state = vars(module)
+        _check_forward(name, module)
         if state.get("_hf_hook", ...) is None:
             del state["_hf_hook"]
             state["forward"] = state.pop("_old_forward")
@@ -206,6 +208,20 @@ def copy_tree(model: nn.Module, memo: dict[int, Any], inner: Callable[[nn.Module
             if state.get(flag) is True:
                 state[flag] = False
     return copied.eval().requires_grad_(False)
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    """Take off a compiled `forward` of the module's own; refuse another function in its place, which runs the original."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, FunctionType) or "_hf_hook" in vars(module):
+        return
+    compiled = getattr(forward, "_torchdynamo_orig_callable", None)
+    if getattr(compiled, "__func__", compiled) is not type(module).forward:
+        raise ValueError(
+            f"`model` cannot be copied: `forward` of {name or 'its top'!r} is a function that was put there, and would run the "
+            "original's weights. Call `wrap` before it is, or pass a copy of your own as `teacher=`."
+        )
+    del vars(module)["forward"]
 
 
 def _check_whole(model: nn.Module) -> None:

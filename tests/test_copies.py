@@ -794,3 +794,28 @@ def test_a_model_that_looks_at_values_tells_nothing():
 def test_a_small_model_is_not_worth_a_pass():
     model = conditional_unet()
     assert _trace.after_layers(model, call, DISCRETE, ["mid_block"]) is None
+
+
+# --- functions in the place of a forward ------------------------------------------------------------------------------
+
+
+def test_a_forward_that_was_compiled_is_the_copys_own_again():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    model.forward = torch.compile(model.forward, backend="eager")
+    model[1].forward = torch.compile(model[1].forward, backend="eager")
+    copied = copies.frozen_copy(model)
+    x = torch.randn(2, 3)
+    before = copied(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[1].weight.mul_(2)
+    torch.testing.assert_close(copied(x), before)
+    assert "forward" in vars(model)
+
+
+def test_another_function_in_the_place_of_a_forward_is_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    original = model[1].forward
+    model[1].forward = lambda x: 2 * original(x)
+    with pytest.raises(ValueError, match="`forward` of '1' is a function that was put there"):
+        copies.frozen_copy(model)

@@ -212,6 +212,8 @@ def _teacher(
     if kind == "a callable":
         return teacher
     inner = taps.unwrap(teacher)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in teacher.modules()):
+        inner = teacher  # it gathers its weights itself
     if same_storage(taps.unwrap(model), inner):
         raise ValueError(
             "`teacher` shares its weights with `model`, so it would move with it. Pass 'copy', or a module of its own; of a model "
