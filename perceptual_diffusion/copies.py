@@ -5,6 +5,7 @@ own, so that the model itself notices nothing. What is left out is never allocat
 """
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -215,8 +216,8 @@ def _check_forward(name: str, module: nn.Module) -> None:
     forward = vars(module).get("forward")
     if not isinstance(forward, FunctionType) or "_hf_hook" in vars(module):
         return
-    compiled = getattr(forward, "_torchdynamo_orig_callable", None)
-    if getattr(compiled, "__func__", compiled) is not type(module).forward:
+    compiled = inspect.unwrap(forward) if hasattr(forward, "_torchdynamo_orig_callable") else None
+    if getattr(compiled, "__func__", None) is not type(module).forward:
         raise ValueError(
             f"`model` cannot be copied: `forward` of {name or 'its top'!r} is a function that was put there, and would run the "
             "original's weights. Call `wrap` before it is, or pass a copy of your own as `teacher=`."

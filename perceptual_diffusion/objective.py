@@ -146,8 +146,6 @@ class SelfPerceptualObjective:
         if not (seed is None or isinstance(seed, int)):
             raise TypeError(f"`seed` is {seed!r}, expected an int, or None for torch's initial seed.")
         sampler = timesteps.get("t", t)
-        if isinstance(sampler, timesteps.Near | timesteps.Shifted | timesteps.Contributing):
-            raise ValueError(f"`t` is {t!r}, which places t' relative to t. Use 'uniform' or 'logit_normal' for t.")
         low, high = _check_range(schedule, t_range)
         self.t = timesteps.within(sampler, low, high) if t_range is not None else sampler
         if t_range is None and isinstance(sampler, timesteps.Uniform):

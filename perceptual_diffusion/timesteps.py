@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perceptual_diffusion.schedules import NO_FLOAT64, Schedule
+from perceptual_diffusion.schedules import NO_FLOAT64, Schedule, precise
 from perceptual_diffusion.types import TimeSampler
 
 SCALE = 1000
@@ -132,6 +132,52 @@ class Shifted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contributing:
+    """t' more often where it contributes more: q(t'|t) = (1 − uniform) · (∝ |κ|) + uniform · (uniform over the schedule).
+
+    x̂_t' − x_t' = κ (ŷ − y) with κ = (sigma' alpha_t − alpha' sigma_t) / Δ, and Δ depends on t alone: given t, |κ| is how
+    far the teacher's two inputs are apart. The objective multiplies each sample's L_sp by `weight`, so that the expectation
+    of the loss and of its gradient is that of "uniform". q is constant within a bin: an index of a discrete schedule, a
+    thousandth of the rank of a continuous one, with κ at its middle.
+
+    Attributes:
+        uniform: the part of the draws that is uniform, above 0 and at most 1; no weight is above 1 / uniform.
+    """
+
+    uniform: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.uniform, int | float) and 0 < self.uniform <= 1):
+            raise ValueError(f"`uniform` is {self.uniform!r}, expected a number above 0 and at most 1.")
+
+    def __call__(
+        self, schedule: Schedule, like: Tensor, /, *, t: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        often = self._often(schedule, _given(t, "contributing"))
+        bins, below = often.shape[1], often.cumsum(1)
+        level = _noise(torch.rand, like, generator)[:, None] * below[:, -1:]
+        place = torch.searchsorted(below, level, right=True).squeeze(1).clamp(max=bins - 1)
+        within = 0.5 if schedule.discrete else _noise(torch.rand, like, generator)
+        return _time(schedule, (precise(place) + within) / bins)
+
+    def weight(self, schedule: Schedule, t: Tensor, t_prime: Tensor) -> Tensor:
+        """Give p(t') / q(t'|t) of times drawn at t, p uniform over the schedule; float64 or float32 as ranks, shape (B,)."""
+        return 1 / self._often(schedule, t).gather(1, _bin(schedule, t_prime)[:, None]).squeeze(1)
+
+    def _often(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """Give how much more often than uniformly each bin is drawn, q / p, shape (B, bins)."""
+        bins = _bins(schedule)
+        middle = (precise(torch.arange(bins, device=t.device)) + 0.5) / bins
+        # ranks beyond the ends that a schedule draws (EDM) all give the time of the end: they share the bin of that time
+        middle = (precise(_bin(schedule, _time(schedule, middle))) + 0.5) / bins
+        (alpha, sigma), (alphas, sigmas) = schedule(t), schedule(_time(schedule, middle))
+        apart = precise(sigmas * alpha[:, None] - alphas * sigma[:, None]).abs()
+        mean = apart.mean(1, keepdim=True)
+        part = torch.where(mean > 0, apart / mean, 1)  # 0: a schedule of one time
+        return (1 - self.uniform) * part + self.uniform
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clean:
     """No second noise: the objective compares x̂_0 itself with x_0, and t' is the schedule's clean end.
 
@@ -152,6 +198,16 @@ def _positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` is {value!r}, expected a positive number.")
 
 
+def _bins(schedule: Schedule) -> int:
+    return round(1 / schedule.spacing) if schedule.discrete else SCALE
+
+
+def _bin(schedule: Schedule, t: Tensor) -> Tensor:
+    """Give the bin of the rank of each time, int64, shape (B,)."""
+    bins = _bins(schedule)
+    return (schedule.rank(t) * bins).long().clamp(0, bins - 1)
+
+
 def _given(t: Tensor | None, name: str) -> Tensor:
     if t is None:
         raise ValueError(
@@ -165,6 +221,7 @@ NAMED: dict[str, TimeSampler] = {
     "near": Near(),
     "shifted": Shifted(),
     "logit_normal": LogitNormal(),
+    "contributing": Contributing(),
 }
 
 
@@ -176,7 +233,7 @@ def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
         sampler: a name, or `(schedule, like, *, t, generator) -> times of shape (B,)`; for t' also "clean".
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the sampler is for t' only and this is t.
         TypeError: it is neither a name nor callable.
     """
     of_t_prime = "" if name == "t" else "; or 'clean', which compares the clean estimates themselves"
@@ -187,16 +244,20 @@ def get(name: str, sampler: str | TimeSampler) -> TimeSampler:
             raise ValueError(
                 f"unknown `{name}` {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable{of_t_prime}."
             )
-        return NAMED[sampler]
-    if not callable(sampler) or isinstance(sampler, type):
+        found = NAMED[sampler]
+    elif not callable(sampler) or isinstance(sampler, type):
         raise TypeError(
             f"`{name}` is {sampler!r}, expected one of {', '.join(repr(n) for n in NAMED)}, or a callable{of_t_prime}."
         )
-    if isinstance(sampler, Clean) and not of_t_prime:
+    else:
+        found = sampler
+    if isinstance(found, Near | Shifted | Contributing) and not of_t_prime:
+        raise ValueError(f"`t` is {sampler!r}, which places t' relative to t. Use 'uniform' or 'logit_normal' for t.")
+    if isinstance(found, Clean) and not of_t_prime:
         raise ValueError(
             "`t` is 'clean', where there is nothing to denoise; it is for t' only. Use 'uniform' or 'logit_normal' for t."
         )
-    return sampler
+    return found
 
 
 def within(sampler: TimeSampler, low: float, high: float) -> TimeSampler:

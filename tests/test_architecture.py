@@ -26,7 +26,17 @@ MAY_IMPORT = {
     "distances": BASE,
     "renoising": BASE | {"schedules", "parameterizations"},
     "objective": BASE
-    | {"schedules", "parameterizations", "timesteps", "renoising", "distances", "weights", "features", "checks", "staged"},
+    | {
+        "schedules",
+        "parameterizations",
+        "timesteps",
+        "renoising",
+        "distances",
+        "weights",
+        "features",
+        "checks",
+        "staged",
+    },
     "comparison": BASE,
     "staged": BASE | {"comparison"},
     "taps": BASE,

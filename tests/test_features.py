@@ -634,9 +634,10 @@ DTYPES = [
 def test_in_any_dtype_the_same_part_is_found(name, dtype):
     case, model = CASES[name], built(name).to(dtype)
     cond = mapped(lambda v: v.to(dtype), case.cond)
-    wanted = expected(name, model, mapped(lambda v: v.to(dtype), case.x), T, cond)
+    x = mapped(lambda v: v.to(dtype), case.x)
+    wanted = expected(name, model, x, T, cond)
     with torch.no_grad():
-        found = ModuleTeacher(model, layers=[case.layer], call=call)(case.x, T, case.cond)
+        found = ModuleTeacher(model, layers=[case.layer], call=call)(x, T, cond)
     assert {leaf.dtype for leaf in leaves(found)} == {dtype}
     assert same(found, wanted)
 
@@ -669,8 +670,9 @@ def test_a_channel_of_huge_value_hides_no_token(name):
         with torch.no_grad():
             model.embed.bias[0] = size
             model.to(dtype)
-            found = ModuleTeacher(model, layers=[CASES[case].layer], call=call)(TOKENS, T, TEXT)
-            wanted = expected(case, model, TOKENS.to(dtype), T, {"text": TEXT["text"].to(dtype)})
+            given = TOKENS.to(dtype), T, {"text": TEXT["text"].to(dtype)}
+            found = ModuleTeacher(model, layers=[CASES[case].layer], call=call)(*given)
+            wanted = expected(case, model, *given)
         assert sizes(found) == [(B, N, C)]
         assert same(found, wanted)
 
@@ -682,8 +684,9 @@ def test_a_channel_of_huge_value_in_the_text_alone_moves_nothing(case, dtype):
     text[..., 0] = 500
     model = built(case).to(dtype)
     with torch.no_grad():
-        found = ModuleTeacher(model, layers=[CASES[case].layer], call=call)(TOKENS, T, {"text": text})
-        assert same(found, expected(case, model, TOKENS.to(dtype), T, {"text": text.to(dtype)}))
+        given = TOKENS.to(dtype), T, {"text": text.to(dtype)}
+        found = ModuleTeacher(model, layers=[CASES[case].layer], call=call)(*given)
+        assert same(found, expected(case, model, *given))
 
 
 class Gated(Transformer):

@@ -595,7 +595,7 @@ def test_nothing_of_the_objective_enters_the_student():
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 PREDICTIONS = "'epsilon', 'sample', 'v_prediction', 'flow_prediction'"
-SAMPLERS = "'uniform', 'near', 'shifted', 'logit_normal', or a callable"
+SAMPLERS = "'uniform', 'near', 'shifted', 'logit_normal', 'contributing', or a callable"
 BAD_CONSTRUCTION = {
     "schedule is a function": (TypeError, "`schedule` is a function, expected", {"schedule": lambda t: t}),
     "unknown prediction": (
@@ -868,10 +868,10 @@ WRAP = {
         "`schedule` is a tuple, expected a diffusers scheduler or",
         {"schedule": (1, 2)},
     ),
-    "teacher is lora": (ValueError, "teacher.*'lora'", {"teacher": "lora"}),
+    "teacher is lora, without LoRA": (ValueError, "without LoRA layers.*`teacher='copy'`", {"teacher": "lora"}),
     "unknown teacher": (
         ValueError,
-        "unknown teacher 'ema', expected 'copy', a torch.nn.Module, or a callable",
+        "unknown teacher 'ema', expected 'copy', 'lora', a torch.nn.Module, or a callable",
         {"teacher": "ema"},
     ),
     "no teacher": (TypeError, "`teacher` is a NoneType", {"teacher": None}),

@@ -1,16 +1,20 @@
 """Samplers of t and t': their distributions, ends, dtype, and where their randomness comes from."""
 
+import copy
 import math
+import pickle
 import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import ConvNet
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion import timesteps
+from perceptual_diffusion import SelfPerceptualObjective, schedules, timesteps
 from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear
-from perceptual_diffusion.timesteps import LogitNormal, Near, Shifted, Uniform
+from perceptual_diffusion.timesteps import Contributing, LogitNormal, Near, Shifted, Uniform
 
 TABLE = Discrete.scaled_linear()
 CONTINUOUS = {"flow": Linear(), "flow_scale_1000": Linear(scale=1000), "cosine": Cosine(), "edm": EDM()}
@@ -270,6 +274,273 @@ def test_shifted_on_a_shorter_table_is_4_percent_of_it():
     assert ((draw(Shifted(), Discrete.linear(steps=100), 100, t=t) - t).abs() == 4).all()
 
 
+# Contributing
+
+SHORT = Discrete.linear(steps=12)
+ALL = SCHEDULES | {
+    "short_table": SHORT,
+    "zero_snr": TABLE.zero_terminal_snr(),
+    "flow_shift_3": Linear(shift=3.0),
+    "reversed": Linear(scale=1000, reverse=True),
+    "sit": Interpolant(lambda t: t, lambda t: 1 - t, low=0.0, high=1.0),
+}
+NARROW = EDM(**{f"sigma_{end}": math.exp(1.2 * torch.special.ndtri(torch.tensor(rank, dtype=torch.float64)) - 1.2)
+                for end, rank in (("min", 0.3003), ("max", 0.8007))})  # fmt: skip
+"""Half of its ranks are one of its ends, and the bins in which they begin have their middles inside."""
+by_hand = pytest.mark.parametrize("schedule", ALL.values(), ids=ALL)
+every_kind = pytest.mark.parametrize("schedule", [*ALL.values(), NARROW], ids=[*ALL, "edm_narrow"])
+
+
+def middles(schedule):
+    """The time in the middle of each bin of rank: each index, or each thousandth."""
+    count = len(schedule.grid()) if schedule.discrete else 1000
+    times = schedule.at((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return times if schedule.discrete else times.float()
+
+
+def density(schedule, t, uniform=0.1):
+    """q(t'|t) of each bin for a single t, written out by hand."""
+    (alpha, sigma), (alphas, sigmas) = schedule(t[None]), schedule(middles(schedule))
+    kappa = (sigmas * alpha - alphas * sigma).abs()
+    return (1 - uniform) * kappa / kappa.sum() + uniform / len(kappa)
+
+
+def levels(schedule, low=0.05, high=0.95, count=4):
+    t = schedule.at(torch.linspace(low, high, count, dtype=torch.float64))
+    return t if schedule.discrete else t.float()
+
+
+@by_hand
+@pytest.mark.parametrize("uniform", [0.1, 1.0])
+def test_contributing_weighs_by_uniform_over_its_density(schedule, uniform):
+    at = middles(schedule)
+    for t in levels(schedule):
+        weight = Contributing(uniform=uniform).weight(schedule, t.expand(len(at)), at)
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, 1 / (len(at) * density(schedule, t, uniform)), rtol=1e-6, atol=0)
+
+
+@every_kind
+@pytest.mark.parametrize("uniform", [0.1, 0.5])
+def test_contributing_draws_from_the_density_that_its_weights_say(schedule, uniform):
+    sampler, n, at = Contributing(uniform=uniform), 3000, middles(schedule)
+    for seed, t in enumerate(levels(schedule)):
+        q = 1 / (len(at) * sampler.weight(schedule, t.expand(len(at)), at))
+        assert float(q.sum()) == pytest.approx(1, abs=1e-9)
+        drawn = draw(sampler, schedule, n, t.expand(n), seed)
+        place, bins = ((schedule.rank(x) * len(at)).long().clamp(0, len(at) - 1) for x in (drawn, at))
+        counts = place.bincount(minlength=len(at))
+        expected = torch.zeros(len(at), dtype=torch.float64).index_add(0, bins, q)  # on EDM some bins share their time
+        assert float((counts.cumsum(0) / n - expected.cumsum(0)).abs().max()) < 1.95 / math.sqrt(n)
+
+
+@every_kind
+@pytest.mark.parametrize("uniform", [0.02, 0.1, 1.0])
+def test_the_weights_lie_between_0_and_1_over_uniform_and_have_a_mean_of_1(schedule, uniform):
+    sampler, n = Contributing(uniform=uniform), 1000
+    for t in levels(schedule, 0.0005, 0.9995):
+        weight = sampler.weight(schedule, t.expand(n), draw(sampler, schedule, n, t.expand(n)))
+        assert bool(((weight > 0) & (weight <= 1 / uniform)).all())
+        error = float(weight.std()) / math.sqrt(n)
+        assert float(weight.mean()) == pytest.approx(1, abs=4.5 * error + 1e-12)
+
+
+def test_a_wholly_uniform_contributing_is_uniform():
+    sampler = Contributing(uniform=1.0)
+    for schedule in ALL.values():
+        t = middle(schedule, 500)
+        drawn = draw(sampler, schedule, 500, t)
+        assert torch.equal(sampler.weight(schedule, t, drawn), torch.ones(500, dtype=torch.float64))
+    assert abs(chi_square(draw(sampler, SHORT, t=middle(SHORT)).bincount(minlength=12).double())) < 5
+
+
+@pytest.mark.parametrize("schedule", [SHORT, Discrete.linear(steps=2), Discrete.cosine(steps=50).zero_terminal_snr()])
+@given(seed=st.integers(0, 99), uniform=st.floats(0.01, 1))
+def test_the_weighted_mean_of_any_function_of_t_prime_is_its_uniform_mean(schedule, seed, uniform):
+    """Exactly: the sum over all t' of q w f, with q by hand and w of the package, is the mean of f."""
+    count = len(schedule.grid())
+    function = torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).exp()
+    for t in schedule.grid()[:: max(1, count // 7)]:
+        q = density(schedule, t, uniform)
+        weight = Contributing(uniform=uniform).weight(schedule, t.expand(count), schedule.grid())
+        assert float((q * weight * function).sum()) == pytest.approx(float(function.mean()), rel=1e-10)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Linear(reverse=True), NARROW], ids=["flow", "reversed", "edm_narrow"])
+def test_the_weighted_mean_of_functions_of_a_continuous_t_prime_is_the_uniform_one(schedule):
+    """Over all that is drawn, its ends included."""
+    sampler, n = Contributing(), 6000
+    plain = schedule.rank(draw(Uniform(), schedule, seed=1))
+    for t in levels(schedule, 0.32, 0.78, 2):
+        drawn = draw(sampler, schedule, n, t.expand(n))
+        weight, rank = sampler.weight(schedule, t.expand(n), drawn), schedule.rank(drawn)
+        for function in (lambda r: r, lambda r: (10 * r).sin(), lambda r: (r < 0.301) * 1.0, lambda r: (r > 0.8) * 1.0):
+            weighted, expected = weight * function(rank), function(plain)
+            error = math.hypot(float(weighted.std()) / math.sqrt(n), float(expected.std()) / math.sqrt(COUNT))
+            assert float(weighted.mean()) == pytest.approx(float(expected.mean()), abs=4.5 * error)
+
+
+def test_each_sample_of_a_batch_has_the_density_of_its_own_t():
+    t = torch.tensor([0, 5, 11, 5])
+    t_prime = torch.tensor([3, 3, 3, 7])
+    together = Contributing().weight(SHORT, t, t_prime)
+    alone = torch.cat([Contributing().weight(SHORT, t[i : i + 1], t_prime[i : i + 1]) for i in range(4)])
+    assert torch.equal(together, alone)
+    assert len(set(together.tolist())) == 4
+    drawn = torch.stack([draw(Contributing(), SHORT, 2, torch.tensor([0, 11]), seed) for seed in range(400)]).double()
+    assert float(drawn[:, 0].mean()) > 7
+    assert float(drawn[:, 1].mean()) < 4
+
+
+def test_contributing_works_on_a_batch_of_one_and_a_schedule_of_one_time():
+    assert draw(Contributing(), TABLE, 1, torch.tensor([500])).shape == (1,)
+    one = Discrete(torch.tensor([0.5]))
+    t = torch.zeros(3, dtype=torch.int64)
+    assert draw(Contributing(), one, 3, t).tolist() == [0, 0, 0]
+    assert Contributing().weight(one, t, t).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+def test_contributing_does_not_depend_on_the_default_dtype(default):
+    t, schedule = torch.arange(1000), Discrete.scaled_linear()
+    drawn = draw(Contributing(), schedule, 1000, t)
+    weight = Contributing().weight(schedule, t, drawn)
+    torch.set_default_dtype(default)
+    try:
+        again = draw(Contributing(), schedule, 1000, t)
+        weight_again = Contributing().weight(schedule, t, again)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, drawn)
+    assert torch.equal(weight_again, weight)
+
+
+class NoFloat64(TorchDispatchMode):
+    """What a device without float64 would do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        if isinstance(given, torch.Tensor) and given.dtype == torch.float64:
+            raise TypeError(f"{func} gives float64")
+        return given
+
+
+FRESH = {
+    "table": Discrete.scaled_linear, "flow": Linear, "cosine": Cosine, "edm": EDM,
+    "sit": lambda: Interpolant(lambda t: t, lambda t: 1 - t),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", FRESH.values(), ids=FRESH)
+def test_contributing_needs_no_float64_on_a_device_without(make, monkeypatch):
+    precise, n = make(), 2000
+    t = middle(precise, n)
+    at_uniform = draw(Uniform(), precise, n)
+    expected = Contributing().weight(precise, t, at_uniform)
+    schedule = make()
+    for module in (schedules, timesteps):
+        monkeypatch.setattr(module, "NO_FLOAT64", ("cpu",))
+    if schedule.discrete:
+        schedule(t)  # its table comes from the CPU, where it is float64
+    with NoFloat64():
+        drawn = draw(Contributing(), schedule, n, t)
+        weight = Contributing().weight(schedule, t, drawn)
+        weight_at_uniform = Contributing().weight(schedule, t, at_uniform)
+    assert weight.dtype == torch.float32
+    schedule.check("t_prime", drawn, n)
+    assert float(weight.mean()) == pytest.approx(1, abs=4.5 * float(weight.std()) / math.sqrt(n))
+    apart = (weight_at_uniform - expected).abs() > 1e-3 * expected
+    assert float(apart.double().mean()) < 0.01, "all but times at the edge of their bin have the same weight"
+
+
+@every_kind
+def test_contributing_waits_for_no_value_on_the_device(schedule):
+    """Tensors without values: whatever would have to read one, and so to wait for the device, raises."""
+    t = middle(schedule, 4).to("meta")
+    drawn = Contributing()(schedule, torch.zeros(4, device="meta"), t=t)
+    assert drawn.shape == Contributing().weight(schedule, t, drawn).shape == (4,)
+
+
+def test_contributing_keeps_nothing_and_compares_by_value():
+    sampler = Contributing(uniform=0.2)
+    draw(sampler, TABLE, 4, middle(TABLE, 4))
+    assert sampler == copy.deepcopy(sampler) == pickle.loads(pickle.dumps(sampler)) == Contributing(uniform=0.2)
+    assert hash(sampler) == hash(Contributing(uniform=0.2))
+    assert vars(sampler) == {"uniform": 0.2}
+
+
+class Given(Contributing):
+    """Contributing with the draw laid down, so that every t' can be gone through."""
+
+    def __call__(self, schedule, like, /, *, t=None, generator=None):
+        return self.times
+
+    def of(self, times):
+        object.__setattr__(self, "times", times)
+        return self
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("mse_weight", [0.0, 0.5])
+@pytest.mark.parametrize("weight", ["none", "min_snr"])
+def test_the_expected_gradient_under_contributing_is_that_under_uniform(micro_batch, mse_weight, weight):
+    """The exact expectation over t': each of its values once, times its probability, by hand."""
+    model = ConvNet().double()
+    sampler = Given()
+    objective = SelfPerceptualObjective.wrap(
+        model, SHORT, prediction="v_prediction", layers="body", t_prime=sampler, distance="normalised",
+        mse_weight=mse_weight, weight=weight, micro_batch=micro_batch,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # the student leaves its teacher
+    t = torch.tensor([0, 4, 8, 11])
+    clean, noise = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    q = torch.stack([density(SHORT, time) for time in t])
+
+    def expectation(probability, **given):
+        model.zero_grad()
+        loss, terms = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+        for index in range(12):
+            t_prime = torch.full((4,), index)
+            sampler.of(t_prime)
+            predicted = model(objective.add_noise(clean, noise, t), t)
+            more = {"t_prime": t_prime} if given["uniform"] else {}
+            each = objective.loss(predicted, clean=clean, noise=noise, t=t, reduction="none", **more)
+            (probability[:, index] * each).sum().backward()
+            loss += probability[:, index] * each.detach()
+            terms += probability[:, index] * objective.terms["sp"]
+        return loss, terms, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    expected = expectation(torch.full((4, 12), 1 / 12, dtype=torch.float64), uniform=True)
+    actual = expectation(q, uniform=False)
+    unweighted = expectation(q, uniform=True)
+    for one, other, wrong in zip(actual, expected, unweighted, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-6
+        assert float((wrong - other).norm() / other.norm()) > 1e-2, "weights of 1 would pass as well"
+
+
+def test_contributing_by_name_is_weighted_and_drawn_by_the_objective():
+    model = ConvNet()
+    objective = SelfPerceptualObjective.wrap(
+        model, SHORT, prediction="v_prediction", layers="body", t_prime="contributing", seed=0
+    )
+    t, (clean, noise) = torch.arange(12), torch.randn(2, 12, 3, 5, 5)
+    predicted = torch.randn(12, 3, 5, 5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Contributing()(SHORT, clean, t=t, generator=torch.Generator().manual_seed(0))
+    keywords = {"clean": clean, "noise": noise, "t": t, "reduction": "none"}
+    given = objective.loss(predicted, t_prime=drawn, **keywords)
+    own = objective.loss(predicted, generator=generator, **keywords)
+    torch.testing.assert_close(own, given * Contributing().weight(SHORT, t, drawn).float())
+
+
+@pytest.mark.parametrize("uniform", [0.0, -0.1, 1.01, math.nan, math.inf, "0.1", None])
+def test_a_uniform_part_that_gives_no_finite_weights_is_refused(uniform):
+    with pytest.raises(ValueError, match=r"`uniform` is .*, expected a number above 0 and at most 1"):
+        Contributing(uniform=uniform)
+
+
 # All of them
 
 
@@ -311,23 +582,37 @@ def test_an_empty_batch_draws_no_times(schedule, sampler):
     assert draw(sampler, schedule, 0, t=middle(schedule, 0)).shape == (0,)
 
 
-@pytest.mark.parametrize("sampler", [Near(), Shifted()], ids=["near", "shifted"])
+@pytest.mark.parametrize("sampler", [Near(), Shifted(), Contributing()], ids=["near", "shifted", "contributing"])
 def test_float_indices_serve_as_well_as_int_ones(sampler):
     t = torch.tensor([100, 500, 900])
     assert torch.equal(draw(sampler, TABLE, 3, t=t.float()), draw(sampler, TABLE, 3, t=t))
 
 
-@pytest.mark.parametrize("name", ["near", "shifted"])
+@pytest.mark.parametrize("name", ["near", "shifted", "contributing"])
 def test_a_sampler_relative_to_t_cannot_draw_t_itself(name):
     with pytest.raises(ValueError, match=rf"'{name}' .*relative to t.*'uniform' or 'logit_normal'"):
         draw(timesteps.NAMED[name], TABLE, 4)
+
+
+@pytest.mark.parametrize("sampler", ["near", "shifted", "contributing", Near(), Contributing(uniform=0.5)])
+def test_a_sampler_relative_to_t_is_refused_for_t(sampler):
+    with pytest.raises(ValueError, match=r"`t` is .*places t' relative to t. Use 'uniform' or 'logit_normal' for t"):
+        timesteps.get("t", sampler)
+    assert timesteps.get("t_prime", sampler) == timesteps.NAMED.get(str(sampler), sampler)
 
 
 # Names
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("uniform", Uniform), ("near", Near), ("shifted", Shifted), ("logit_normal", LogitNormal)]
+    ("name", "kind"),
+    [
+        ("uniform", Uniform),
+        ("near", Near),
+        ("shifted", Shifted),
+        ("logit_normal", LogitNormal),
+        ("contributing", Contributing),
+    ],
 )
 def test_get_gives_the_sampler_of_a_name(name, kind):
     assert timesteps.get("t_prime", name) == kind()
@@ -343,7 +628,7 @@ def test_get_passes_a_callable_through():
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="unknown `t_prime` 'gaussian'") as error:
         timesteps.get("t_prime", "gaussian")
-    for name in ("uniform", "near", "shifted", "logit_normal"):
+    for name in ("uniform", "near", "shifted", "logit_normal", "contributing"):
         assert repr(name) in str(error.value)
 
 

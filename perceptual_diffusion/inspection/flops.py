@@ -1,6 +1,6 @@
 """Count floating-point operations, with the formulas of torch.utils.flop_counter, and leave a model as it was."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,25 @@ from torch._ops import HigherOrderOperator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Scores, and their product with the values."""
+    heads, length, width = query.shape[:-2].numel(), query.shape[-2], query.shape[-1]
+    return 2 * int(heads * length * key.shape[-2] * (width + value.shape[-1]))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Scores once more, and the gradients of the values, the scores, the query and the key."""
+    heads, length, width = query.shape[:-2].numel(), query.shape[-2], query.shape[-1]
+    return 2 * int(heads * length * key.shape[-2] * (3 * width + 2 * value.shape[-1]))
+
+
+# the fused attention of a CPU, which torch counts as nothing; the formulas are those of a GPU's
+_ON_CPU: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 class Flops(TorchDispatchMode):
@@ -34,14 +53,16 @@ class Flops(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if key in flop_registry:
+        if key in _ON_CPU:
+            self.total += _ON_CPU[key](*args, **kwargs)
+        elif key in flop_registry:
             self.total += int(flop_registry[key](*args, **kwargs, out_val=result))
         return result
 
 
 @contextmanager
 def counting(flops: Flops, *, grad: bool, keep: bool) -> Iterator[None]:
-    """Count what runs inside. Attention runs in its plain form there, since the fused one of a CPU is not counted.
+    """Count what runs inside. Attention runs in its plain form there, whose backward computes what is asked for and no more.
 
     Args:
         flops: the counter.
