@@ -97,7 +97,8 @@ class Alias:
             if buffer is None or (buffer is own[name] and buffer._version == version):
                 continue
             if buffer is own[name]:
-                logger.warning("the buffer %r of `model`, which the teacher shares, was written into", name)
+                # DDP writes its own values into the buffers of every process but the first
+                logger.info("the buffer %r of `model`, which the teacher shares, was written into", name)
             own[name] = buffer
             self._buffers[place] = own, theirs, name, buffer._version
 

@@ -122,15 +122,13 @@ def take_cond(cond: Any, batch: int, part: slice, way: str = "first") -> Any:
     return cond
 
 
-def layout(value: Any) -> Any:
-    """Shapes of tensors and values of numbers: what decides where the tokens of a sequence lie."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors inside mappings, tuples and lists."""
     if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, Mapping):
-        return {key: layout(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [layout(item) for item in value]
-    return value if isinstance(value, bool | int | str | None) else type(value).__name__
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
 
 
 def describe(sample: Any) -> str:

@@ -91,7 +91,8 @@ class SelfPerceptualObjective:
         t_prime: sampler of t': "uniform", "near", "shifted", "logit_normal", or a callable; "contributing" draws those
             times more often that contribute more, and weights them for the expectation to be that of "uniform"; "clean"
             compares x̂_0 and x_0 without noising them again, for teachers that are no denoisers.
-        distance: "mse", "mae", "huber", "cosine", "normalised", or a callable of two features (B, *) to (B,).
+        distance: "mse", "mae", "huber", "cosine", "normalised", or a callable of two features (B, *) to (B,), each row of which
+            depends on that row of the features alone.
         formulation: "joint" (eq. 12) or "split" (eqs. 14 to 17).
         mse_weight: adds this much of the MSE of the prediction; it costs no extra pass.
         weight: weight of each sample by t: "none", "min_snr", or a callable of t, shape (B,), to (B,).

@@ -10,29 +10,31 @@ it neither under- nor overflows in float16.
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from perceptual_diffusion import taps
 from perceptual_diffusion._shapes import (
     WAYS,
     batch_size,
     compute_dtype,
     first,
     join,
-    layout,
     leaves,
     map_leaves,
     map_scaled,
     over,
     take,
     take_cond,
+    tensors_in,
 )
 from perceptual_diffusion.comparison import check_features, compare
+from perceptual_diffusion.distances import NAMED
 from perceptual_diffusion.types import Cond, Distance, Feature, Sample, Teacher
 
 logger = logging.getLogger("perceptual_diffusion")
@@ -41,12 +43,14 @@ MicroBatch = int | Literal["auto"] | None
 
 SHARE = 32
 """With "auto", the teacher's activations may take one part in so many of the device's memory."""
-LOOKS = 4
-"""After so many layouts in which the conditions could be split, others are taken on trust."""
-APART = {torch.float16: 0.05, torch.bfloat16: 0.1}
+APART = {torch.float16: 0.005, torch.bfloat16: 0.03}
 """How far, relatively, a split batch may change a feature by rounding; in other dtypes 1e-3."""
 FAILURES = (ValueError, TypeError, RuntimeError, IndexError, KeyError)
 """What a pass raises whose conditions were split wrongly."""
+
+
+class _Plain(Exception):
+    """Says why the gradient has to be left to plain autograd."""
 
 
 class MicroBatches:
@@ -65,9 +69,23 @@ class MicroBatches:
                 f"`micro_batch` is {size!r}, expected a number of samples, 'auto', or None for plain autograd."
             )
         self.size = size
-        self._saved: dict[str, int] = {}
+        self.plain = False
+        """Whether something was found that only plain autograd does right."""
+        self.suits = False
+        """Whether the distance has been found to compare each sample by itself."""
+        self._saved: float | None = None
         self._ways: dict[str, str | None] = {}
-        self._accumulate = False
+
+    def give_up(self, why: str) -> None:
+        """Leave the gradient to plain autograd from now on.
+
+        Raises:
+            ValueError: a number of samples was asked for.
+        """
+        if self.size != "auto":
+            raise ValueError(f"`micro_batch` is {self.size}, but {why}. Pass `micro_batch=None`.")
+        logger.info("the teacher's gradient is left to plain autograd: %s", why)
+        self.plain = True
 
     def parts(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> list[tuple[slice, Cond]]:
         """Say how a batch is split, (B, *) or nested, with times (B,).
@@ -84,97 +102,97 @@ class MicroBatches:
             return [(slice(0, batch), cond)]
         size = -(-batch // -(-batch // size))  # as even as can be
         slices = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-        way = self._way(teacher, x, t, cond, slices)
+        key = repr(_pattern(cond, batch))
+        if key not in self._ways:
+            self._ways[key] = self._way(teacher, x, t, cond, slices)
+        way = self._ways[key]
         if way is None:
             return [(slice(0, batch), cond)]
         return [(part, take_cond(cond, batch, part, way)) for part in slices]
 
-    def differentiated(self, take_gradient: Callable[[bool], tuple[Tensor, list[Sample]]]) -> Any:
-        """Give what the function gives; if the teacher needs an accumulating backward, tell it so."""
-        if not self._accumulate:
-            try:
-                return take_gradient(False)
-            except CheckpointError as error:
-                raise ValueError(
-                    "the teacher's backward recomputes something else than its forward ran, as where adapters are switched off "
-                    "for its forward alone. Use `teacher='lora'` or 'copy', or no checkpointing."
-                ) from error
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-            self._accumulate = True
-        return take_gradient(True)
-
     def _fitting(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
         """How many samples' activations take up their share of the device's memory."""
-        share = _memory(first(x).device) // SHARE
-        batch, one = batch_size(x), slice(0, 1)
-        if batch < 2 or not share:
+        memory, batch = _memory(first(x).device), batch_size(x)
+        if batch < 2 or not memory or not _may_split(teacher):
             return batch
-        key = repr([leaf.shape for leaf in leaves(take(x, one))])
-        if key not in self._saved:
-            self._saved[key] = self._saved_by_one(teacher, take(x, one), t[one], cond, batch)
-        return max(1, share // self._saved[key]) if self._saved[key] else batch
+        if self._saved is None:
+            self._saved = self._saved_by_one(teacher, x, t, cond) / _numbers(take(x, slice(0, 1)))
+        return max(1, int(memory // SHARE / (self._saved * _numbers(x) / batch))) if self._saved else batch
 
-    def _saved_by_one(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, batch: int) -> int:
-        """Bytes that the teacher keeps for the backward of one sample; 0 where that cannot be run."""
-        why = "no way of splitting was tried"
+    def _saved_by_one(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
+        """Bytes that the teacher keeps for the backward of the first sample; 0 where that cannot be run."""
+        batch, one, why = batch_size(x), slice(0, 1), ""
         for way in WAYS:
             try:
-                with _counting(teacher) as saved, torch.random.fork_rng(devices=_cuda(x)), torch.enable_grad():
-                    sample = map_leaves(lambda v: v.detach().clone().requires_grad_(), x)
-                    teacher(sample, t, take_cond(cond, batch, slice(0, 1), way))
-                return saved.total
+                with _Counting(teacher) as saved, torch.random.fork_rng(devices=_cuda(x)), torch.enable_grad():
+                    features = teacher(_held(take(x, one)), t[one], take_cond(cond, batch, one, way))
+                    return saved.total if features else 0
+            except torch.OutOfMemoryError:
+                raise
             except FAILURES as error:
-                why = str(error)
+                why = why or str(error)
         logger.info("the teacher's batch is not split: a pass on one sample fails (%s)", why)
         return 0
 
     def _way(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice]) -> str | None:
         """How the conditions have to be split so that the features of the parts are those of the batch."""
-        key = repr((layout(x), layout(cond), slices[0]))
-        known = list(self._ways.values())
-        if key not in self._ways and len(known) >= LOOKS and len(set(known)) == 1:
-            return known[0]
-        if key not in self._ways:
-            self._ways[key] = self._found(teacher, x, t, cond, slices)
-        return self._ways[key]
-
-    def _found(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice]) -> str | None:
         why = ""
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)):
             whole = teacher(x, t, cond)
             for way in WAYS:
-                differs = self._apart(whole, teacher, x, t, cond, slices, way)
+                differs = _apart(whole, teacher, x, t, cond, slices, way)
                 if not differs:
                     return way
                 why = why or differs
-        if self.size != "auto":
+        if self.size != "auto" and not any(self._ways.values()):
             raise ValueError(
                 f"`micro_batch` is {self.size}, but the teacher's batch cannot be split: {why}. The samples lie in no "
                 "dimension of their own in a condition, or depend on each other. Pass `micro_batch=None`."
             )
-        logger.info("the teacher's batch is not split: %s", why)
+        log = logger.info if self.size == "auto" else logger.warning
+        log("the teacher's batch is not split where conditions have these shapes: %s", why)
         return None
 
-    def _apart(
-        self, whole: list[Feature], teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice], way: str
-    ) -> str:
-        """Say what differs between the features of the parts and those of the batch; nothing if they are the same."""
-        batch = batch_size(x)
-        try:
-            split = [teacher(take(x, part), t[part], take_cond(cond, batch, part, way)) for part in slices]
-        except FAILURES as error:
-            return f"a pass on a part of it fails ({error})"
-        for index, of_layer in enumerate(zip(*split, strict=True)):
-            one, other = _rows(whole[index]), [row for part in of_layer for row in _rows(part)]
-            if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
-                return "its features have other shapes on a part of it"
-            apart = sum(_square(a - b) for a, b in zip(one, other, strict=True))
-            size = sum(map(_square, one))
-            if not apart <= _tolerance(whole[index], x) ** 2 * size:
-                return f"its features change by {(apart / max(size, 1e-30)) ** 0.5:.1%} on a part of it"
-        return ""
+
+def _apart(
+    whole: list[Feature], teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice], way: str
+) -> str:
+    """Say what differs between the features of the parts and those of the batch; nothing if they are the same."""
+    batch = batch_size(x)
+    try:
+        split = [teacher(take(x, part), t[part], take_cond(cond, batch, part, way)) for part in slices]
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return f"a pass on a part of it fails ({error})"
+    for index, of_layer in enumerate(zip(*split, strict=True)):
+        one, other = _rows(whole[index]), [row for part in of_layer for row in _rows(part)]
+        if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
+            return "its features have other shapes on a part of it"
+        apart = sum(_square(a - b) for a, b in zip(one, other, strict=True))
+        size = sum(map(_square, one))
+        if not apart <= _tolerance(whole[index], x) ** 2 * size:
+            return f"its features change by {(apart / max(size, 1e-30)) ** 0.5:.1%} on a part of it"
+    return ""
+
+
+def _pattern(cond: Any, batch: int) -> Any:
+    """Where the samples may lie in conditions: what decides how they are split, without any other size."""
+    if isinstance(cond, Tensor):
+        return "".join("B" if n == batch else "k" if n and n % batch == 0 else "." for n in cond.shape)
+    if isinstance(cond, Mapping):
+        return {key: _pattern(value, batch) for key, value in cond.items()}
+    if isinstance(cond, list):
+        return len(cond) == batch, sorted({repr(_pattern(item, batch)) for item in cond})
+    if isinstance(cond, tuple):
+        return [_pattern(item, batch) for item in cond]
+    return type(cond).__name__
+
+
+def _may_split(teacher: Any) -> bool:
+    """Whether passes are the teacher's own affair, and not gathered over processes or loaded from elsewhere."""
+    module = getattr(teacher, "module", None)
+    return not isinstance(module, nn.Module) or taps.may_stop(module, getattr(teacher, "layers", ()))
 
 
 def perceptual(
@@ -207,21 +225,33 @@ def perceptual(
     """
     batch = batch_size(x_tt)
     grad = torch.is_grad_enabled() and any(leaf.requires_grad for sample in samples for leaf in leaves(sample))
-    if micro_batches is None or not grad or not batch:
-        features, of_true = _passes(teacher, samples, x_tt, t, cond, grad=grad)
-        return torch.stack([compare(f, of_true, batch, distance) for f in features]).sum(0)
+    if micro_batches is not None and grad and batch and not micro_batches.plain:
+        try:
+            return _staged(teacher, samples, x_tt, t, cond, distance, micro_batches)
+        except _Plain as error:
+            micro_batches.give_up(str(error))
+    features, of_true = _passes(teacher, samples, x_tt, t, cond, grad=grad)
+    return torch.stack([compare(f, of_true, batch, distance) for f in features]).sum(0)
+
+
+def _staged(
+    teacher: Teacher,
+    samples: list[Sample],
+    x_tt: Sample,
+    t: Tensor,
+    cond: Cond,
+    distance: Distance,
+    micro_batches: MicroBatches,
+) -> Tensor:
+    if not hasattr(teacher, "parameters_held") and any(x.requires_grad for x in tensors_in(cond)):
+        raise _Plain("`cond` has a gradient, and a teacher of your own")  # those of the package detach it
     values, gradients = [], []
     for part, told in micro_batches.parts(teacher, x_tt, t, cond):
-        given = take(x_tt, part), t[part], told
-        value, gradient = micro_batches.differentiated(
-            lambda accumulate, part=part, given=given: _value_and_gradient(  # type: ignore[misc]
-                teacher,
-                [_held(take(sample, part)) for sample in samples],
-                *given,
-                distance=distance,
-                accumulate=accumulate,
-            )
+        held = [_held(take(sample, part)) for sample in samples]
+        value, gradient = _value_and_gradient(
+            teacher, held, take(x_tt, part), t[part], told, distance=distance, known=micro_batches.suits
         )
+        micro_batches.suits = True
         values.append(value)
         gradients.append(gradient)
     joined = [join(list(column)) for column in zip(*gradients, strict=True)]
@@ -253,11 +283,12 @@ def _value_and_gradient(
     cond: Cond,
     *,
     distance: Distance,
-    accumulate: bool,
+    known: bool,
 ) -> tuple[Tensor, list[Sample]]:
     """The distance of each sample, and its gradient with respect to the predicted samples.
 
-    `accumulate` takes it by `backward`, which a teacher with reentrant checkpointing needs.
+    Raises:
+        _Plain: the distance has weights or mixes samples (looked at unless `known`), or the teacher cannot be differentiated so.
     """
     features, true = _passes(teacher, samples, x_tt, t, cond, grad=True)
     cut = [[map_leaves(_widened, cast(Sample, feature)) for feature in given] for given in features]
@@ -270,17 +301,45 @@ def _value_and_gradient(
         )
     outputs = [leaf for given in features for leaf in _all_leaves(given)]
     inputs = [leaf for given in cut for leaf in _all_leaves(given)]
+    if not known:
+        _check_distance(distance, value, inputs, true)
     with torch.autocast(first(x_tt).device.type, enabled=False):  # a backward does not belong under autocast
         of_features = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
         scale = _scale(of_features)
         scaled = [(g * scale).to(f.dtype) for g, f in zip(of_features, outputs, strict=True)]
-        if accumulate:
-            torch.autograd.backward(outputs, scaled)
-            found = [torch.zeros_like(x) if x.grad is None else x.grad for x in _all_leaves(samples)]
-        else:
-            found = list(torch.autograd.grad(outputs, _all_leaves(samples), scaled, materialize_grads=True))
+        try:
+            found = torch.autograd.grad(outputs, _all_leaves(samples), scaled, materialize_grads=True)
+        except CheckpointError as error:
+            raise ValueError(
+                "the teacher's backward recomputes something else than its forward ran, as where adapters are switched off "
+                "for its forward alone. Use `teacher='lora'` or 'copy', or no checkpointing."
+            ) from error
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise _Plain("the teacher checkpoints with `use_reentrant=True`") from error
     gradients = iter(found)
     return value.detach(), [map_leaves(lambda _: next(gradients) / scale, sample) for sample in samples]
+
+
+def _check_distance(distance: Distance, value: Tensor, inputs: list[Tensor], true: list[Feature]) -> None:
+    """Refuse a distance of whose gradient part would be lost, or whose values are not each one sample's."""
+    if distance in NAMED.values():
+        return
+    own, todo, seen = {id(x) for x in inputs}, [value.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable") and id(node.variable) not in own:
+            raise _Plain("`distance` has weights that take a gradient")
+        todo.extend(following for following, _ in node.next_functions)
+    one, other = inputs[0].detach()[:1], next(leaves(cast(Sample, true[0])))[:1].to(inputs[0].dtype)
+    with torch.no_grad():
+        beside = distance(torch.cat([one, 1.5 * one + 0.1]), torch.cat([other, other]))[:1]
+        if not torch.allclose(beside, distance(one, other), rtol=1e-3, atol=1e-12, equal_nan=True):
+            raise _Plain("`distance` compares samples with each other")
 
 
 def _held(sample: Sample) -> Sample:
@@ -312,7 +371,8 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, gradients: list[Sample], *samples: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.save_for_backward(*_all_leaves(gradients))
+        ctx.like = [map_leaves(lambda g: g.new_empty(0), gradient) for gradient in gradients]
         return values.clone()
 
     @staticmethod
@@ -322,35 +382,49 @@ class _Known(torch.autograd.Function):
                 "the loss was differentiated twice, but its gradient through the teacher was taken once and for all. "
                 "Wrap with `micro_batch=None`."
             )
-        weighted = [map_scaled(lambda k, g: over(k[0], g) * g, (given,), gradient) for gradient in ctx.gradients]
+        saved = iter(ctx.saved_tensors)
+        gradients = [map_leaves(lambda _: next(saved), like) for like in ctx.like]
+        weighted = [map_scaled(lambda k, g: over(k[0], g) * g, (given,), gradient) for gradient in gradients]
         return None, None, *_all_leaves(weighted)
 
 
-class _counting(AbstractContextManager["_counting"]):
-    """Counts the bytes that graphs made inside keep, without the teacher's weights."""
+class _Counting(AbstractContextManager["_Counting"]):
+    """Counts the bytes that graphs made inside keep and have not let go, without the teacher's weights."""
 
     def __init__(self, teacher: Any) -> None:
         module = getattr(teacher, "module", None)
-        weights = (*module.parameters(), *module.buffers()) if isinstance(module, torch.nn.Module) else ()
+        weights = (*module.parameters(), *module.buffers()) if isinstance(module, nn.Module) else ()
         self.weights = {_storage(weight) for weight in weights}
-        self.held: dict[int, int] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.held: dict[int, list[int]] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in self.weights:
-            self.held[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+    def _pack(self, tensor: Tensor) -> "_Kept":
+        return _Kept(tensor, {} if _storage(tensor) in self.weights else self.held)
 
     @property
     def total(self) -> int:
-        return sum(self.held.values())
+        return sum(size for size, _ in self.held.values())
 
-    def __enter__(self) -> "_counting":
+    def __enter__(self) -> "_Counting":
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
         self.hooks.__exit__(*args)
+
+
+class _Kept:
+    """A tensor that a graph keeps, counted as long as it does."""
+
+    def __init__(self, tensor: Tensor, held: dict[int, list[int]]) -> None:
+        self.tensor = tensor.detach()  # an output that kept its graph would keep itself
+        self.held, self.key = held, _storage(tensor)
+        held.setdefault(self.key, [tensor.untyped_storage().nbytes(), 0])[1] += 1
+
+    def __del__(self) -> None:
+        self.held[self.key][1] -= 1
+        if not self.held[self.key][1]:
+            del self.held[self.key]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -375,6 +449,10 @@ def _tolerance(feature: Feature, x: Sample) -> float:
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     return max(APART.get(dtype, 1e-3) for dtype in dtypes)
+
+
+def _numbers(x: Sample) -> int:
+    return sum(leaf.numel() for leaf in leaves(x))
 
 
 def _cuda(x: Sample) -> list[torch.device]:

@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "staged",
     },
     "comparison": BASE,
-    "staged": BASE | {"comparison"},
+    "staged": BASE | {"comparison", "distances", "taps"},
     "taps": BASE,
     "compiled": BASE | {"taps"},
     "features": BASE,

@@ -677,8 +677,7 @@ def with_grad(model, x_t, t, cond):
     return model(x_t.requires_grad_(), t)
 
 
-RECOMPUTED = {None: "gradient", "auto": "shared"}
-"""What is named where the backward recomputes with other adapters: taken inside the loss, the check sees them run."""
+RECOMPUTED = {None: "gradient", "auto": "gradient"}
 AT_THE_TRUE_PAIR = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 
 

@@ -1,5 +1,6 @@
 """The teacher's gradient taken in the forward: the same gradient as plain autograd, in parts of any size, in every model."""
 
+import copy
 import logging
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from algorithm1 import freeze
 from test_conformance import NAMES, Case
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo.nested import leaves, mapped
 
 from perceptual_diffusion import SelfPerceptualObjective, schedules, staged
+from perceptual_diffusion.teachers import CopyTeacher
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
@@ -177,19 +180,59 @@ def test_auto_splits_what_would_take_more_than_its_share_of_the_memory(monkeypat
             counted.sizes.clear()
             objective.loss(torch.randn(B, 3, 6, 5, requires_grad=True), **given)
         saved[memory] = [n for n, grad in counted.sizes if grad]
-        (held,) = objective.micro_batches._saved.values()
-        assert max(saved[memory]) == max(1, min(B, memory // staged.SHARE // held))
+        held = objective.micro_batches._saved * 90  # of a sample's numbers
+        assert max(saved[memory]) == max(1, min(B, int(memory // staged.SHARE / held)))
     assert saved[64] == [1] * B
     assert saved[2**40] == [B]
 
 
-def test_after_four_layouts_others_are_taken_on_trust():
+def test_other_lengths_of_a_condition_are_not_tried_again_and_one_as_long_as_the_batch_is(caplog):
     _model, wrap, given = setting()
     objective = wrap(micro_batch=1)
-    for extra in range(7):
-        given["cond"] = {"table": torch.randn(5 + extra, 6, 5)}
-        objective.loss(torch.randn(B, 3, 6, 5, requires_grad=True), **given)
-    assert len(objective.micro_batches._ways) == staged.LOOKS
+    for length in (5, 6, 7, 9, B):  # the last may be taken for samples
+        given["cond"] = {"table": torch.randn(length, 6, 5)}
+        prediction = torch.randn(B, 3, 6, 5)
+        expected = gradients(wrap(micro_batch=None), given, prediction)[1]
+        assert apart(gradients(objective, given, prediction)[1], expected) < 1e-6
+    assert list(objective.micro_batches._ways.values()) == ["first", None]
+    assert "is not split" in caplog.text
+
+
+def test_auto_measures_once():
+    _model, wrap, given = setting()
+    counted = Counted(freeze(_model))
+    objective = wrap(teacher=counted.teach)
+    sizes = []
+    for width in (5, 6, 7):
+        more = {name: torch.randn(B, 3, 6, width) for name in ("clean", "noise")}
+        counted.sizes.clear()
+        objective.loss(torch.randn(B, 3, 6, width, requires_grad=True), **given | more)
+        sizes.append([n for n, _ in counted.sizes])
+    assert sizes == [[1, B, B], [B, B], [B, B]]
+
+
+def test_what_is_measured_is_what_the_graph_keeps():
+    model, _, given = setting()
+    teacher = CopyTeacher(model, layers=["middle"], call=lambda m, x, t, c: m(x, t, **c))
+    x = torch.randn(B, 3, 6, 5)
+    first, again = (staged.MicroBatches("auto")._saved_by_one(teacher, x, given["t"], {}) for _ in range(2))
+    assert first == again  # the first pass of a copy looks around before
+    floats = (
+        3 * 30 + 8 * 30 + 8 * 30 + 8 * 30 + 2 * 2
+    )  # what enters the convolution, the norm (and its statistics), tanh's result, the last layer
+    assert first == pytest.approx(4 * floats, rel=0.5)
+
+
+def test_out_of_memory_is_not_taken_for_a_condition_that_cannot_be_split():
+    def teacher(x, t, cond):
+        if len(x) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return [x]
+
+    _model, wrap, given = setting(teacher=teacher)
+    for size in (1, "auto"):
+        with pytest.raises(torch.OutOfMemoryError):
+            wrap(micro_batch=size).loss(torch.randn(B, 3, 6, 5, requires_grad=True), **given)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, "some", True])
@@ -247,14 +290,18 @@ def test_after_the_loss_nothing_of_the_teacher_is_kept():
     assert any("Convolution" in name for name in graph(wrap(micro_batch=None).loss(prediction, **given)))
 
 
-def graph(value):
-    todo, names = [value.grad_fn], []
+def nodes(value):
+    todo, found = [value.grad_fn], []
     while todo:
         node = todo.pop()
         if node is not None:
-            names.append(node.name())
+            found.append(node)
             todo.extend(following for following, _ in node.next_functions)
-    return names
+    return found
+
+
+def graph(value):
+    return [node.name() for node in nodes(value)]
 
 
 def test_a_distance_without_a_gradient_is_refused():
@@ -301,3 +348,85 @@ def test_a_gradient_that_underflows_in_float16_is_scaled():
         ]
     assert apart(found["half"], found["single"]) < 0.01
     assert apart(found["plain"], found["single"]) > 0.1
+
+
+# --- what only plain autograd does right --------------------------------------------------------------------------------
+
+
+class Learned(nn.Module):
+    """A distance with a weight of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, f, g):
+        return (self.scale[:, None, None] * (f - g)).square().flatten(1).mean(1)
+
+
+def across(f, g):
+    """Each sample's error beside the mean of the batch's."""
+    error = (f - g).square().flatten(1).mean(1)
+    return error / error.mean()
+
+
+def of_the_condition(frozen):
+    return lambda x, t, cond: [
+        frozen.middle(torch.tanh(frozen.first(x)) + frozen.embed(cond["text"])[:, :, None, None])
+    ]
+
+
+@pytest.mark.parametrize("case", ["a distance that learns", "a distance across samples", "a condition that learns"])
+def test_auto_leaves_it_to_plain_autograd_and_a_number_is_refused(case):
+    model, wrap, given = setting(weight="min_snr")
+    text = torch.randn(B, 5)
+    options = {
+        "a distance that learns": lambda: {"distance": Learned()},
+        "a distance across samples": lambda: {"distance": across},
+        "a condition that learns": lambda: {"teacher": of_the_condition(freeze(model))},
+    }[case]
+    found = {}
+    for size in (None, "auto"):
+        more = options()
+        learned = text.clone().requires_grad_(case == "a condition that learns")
+        held = torch.randn(B, 3, 6, 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        wrap(micro_batch=size, **more).loss(held, **given | {"cond": {"text": learned}}).backward()
+        others = [learned.grad] if learned.requires_grad else []
+        others += [p.grad for p in more["distance"].parameters()] if case == "a distance that learns" else []
+        assert all(grad.abs().sum() > 0 for grad in others)
+        found[size] = torch.cat([grad.flatten() for grad in (held.grad, *others)])
+    assert apart(found["auto"], found[None]) < 1e-6
+    with pytest.raises(ValueError, match=r"`micro_batch` is 2, but .*`micro_batch=None`"):
+        wrap(micro_batch=2, **options()).loss(held, **given | {"cond": {"text": learned}})
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_teacher_with_reentrant_checkpoints_gets_plain_autograd_and_writes_no_gradient_of_its_own():
+    model, wrap, given = setting()
+    net, found = copy.deepcopy(model), {}
+
+    def teacher(x, t, cond):
+        return [checkpoint(lambda h: net.middle(torch.tanh(net.norm(net.first(h)))), x, use_reentrant=True)]
+
+    for size in (None, "auto"):
+        net.zero_grad()
+        held = torch.randn(B, 3, 6, 5, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        loss = wrap(micro_batch=size, teacher=teacher).loss(held, **given)
+        assert all(p.grad is None for p in net.parameters())
+        loss.backward()
+        found[size] = held.grad
+    assert apart(found["auto"], found[None]) < 1e-6
+    with pytest.raises(ValueError, match="use_reentrant"):
+        wrap(micro_batch=1, teacher=teacher).loss(held, **given)
+
+
+def test_the_backward_frees_what_the_loss_held():
+    _model, wrap, given = setting()
+    loss = wrap().loss(torch.randn(B, 3, 6, 5, requires_grad=True), **given)
+    known = next(node for node in nodes(loss) if "Known" in node.name())
+    assert sum(x.numel() for x in known.saved_tensors) == B * 90
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        _ = known.saved_tensors
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
