@@ -372,8 +372,9 @@ def test_large_tables_are_shared_and_followed_and_a_write_into_one_is_told(caplo
     assert teacher.module.table is base.table
     assert not caplog.records
     base.table.zero_()
-    for _ in range(2):
-        teacher(x.double(), t.double(), {})
+    with caplog.at_level("INFO", logger="perceptual_diffusion"):
+        for _ in range(2):
+            teacher(x.double(), t.double(), {})
     assert [record.message for record in caplog.records] == [
         "the buffer 'table' of `model`, which the teacher shares, was written into"
     ]

@@ -92,13 +92,16 @@ def test_in_every_model_of_the_zoo_parts_give_the_gradient_of_the_whole(name, si
     found = {}
     for micro_batch in (None, size):
         held = mapped(lambda x: x.detach().clone().requires_grad_(), predicted)
-        losses = case.wrap(micro_batch=micro_batch).loss(held, clean=case.clean, reduction="none", **case.given)
+        objective = case.wrap(micro_batch=micro_batch)
+        losses = objective.loss(held, clean=case.clean, reduction="none", **case.given)
         (losses * WEIGHTS[: len(losses)]).sum().backward()
         found[micro_batch] = torch.cat([leaf.grad.flatten() for leaf in leaves(held)])
     assert found[None].norm() > 0
     assert apart(found[size], found[None]) < 1e-5
+    assert list(objective.micro_batches._ways.values()) == [OTHER_WAYS.get(name, "first")]
 
 
+OTHER_WAYS = {"UNetMotionModel": "multiple", "HiDreamImageTransformer2DModel": "anywhere"}
 PACKED = ("Cosmos3OmniTransformer", "Cosmos3OmniTransformer.sound")
 
 
