@@ -262,12 +262,14 @@ def _passes(
     teacher: Teacher, samples: list[Sample], x_tt: Sample, t: Tensor, cond: Cond, *, grad: bool
 ) -> tuple[list[list[Feature]], list[Feature]]:
     """The features of the predicted samples, with their graph, and those of the true ones."""
-    features = [teacher(map_leaves(lambda s, x: s.to(x.dtype), sample, x_tt), t, cond) for sample in samples]
+    # a view, since hooks on a module's inputs (FlopCounterMode's) do not take leaves
+    given = [map_leaves(lambda s, x: s.to(x.dtype).view_as(x), sample, x_tt) for sample in samples]
+    features = [teacher(sample, t, cond) for sample in given]
     with torch.no_grad():
         true = teacher(x_tt, t, cond)
-    for given in features:
-        check_features(given, true, batch_size(x_tt))
-        if grad and not all(leaf.requires_grad for leaf in _all_leaves(given)):
+    for found in features:
+        check_features(found, true, batch_size(x_tt))
+        if grad and not all(leaf.requires_grad for leaf in _all_leaves(found)):
             raise ValueError(
                 "`teacher` gives no gradient to the sample, so the loss would train nothing. Run it without no_grad and "
                 "without detaching; only the pass on the true pair is run under no_grad, by the objective."

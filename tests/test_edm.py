@@ -253,7 +253,7 @@ def test_a_denoiser_is_given_its_own_sample_and_sigma_on_any_schedule(scheduler,
 
 @pytest.mark.parametrize(("cls", "layer"), [(EDM2Precond, IN_UNET), (EDMPrecond, IN_DEC)])
 def test_the_teacher_of_a_half_precision_denoiser_runs_in_float32(cls, layer):
-    """In float16, at a batch of 64, the loss is right within 1 % and its gradient wrong by more than 10 %."""
+    """In float16, at a batch of 64, the loss is right within 1 %; the gradient of plain autograd is wrong by more than 10 %, the scaled one by some."""
     student = cls(resolution=16, use_fp16=True).eval()
     objective = SelfPerceptualObjective.wrap(student, schedules.EDM())
     layer = layer.replace("4x4", "8x8")
@@ -277,7 +277,9 @@ def test_the_teacher_of_a_half_precision_denoiser_runs_in_float32(cls, layer):
     objective.teacher = half
     rounded = objective.loss(prediction, **batch)
     assert distance(rounded, expected) < 0.01
-    assert distance(gradients(rounded, prediction), wanted) > 0.1
+    assert 0.02 < distance(gradients(rounded, prediction), wanted) < 0.1
+    objective.micro_batches = None
+    assert distance(gradients(objective.loss(prediction, **batch), prediction), wanted) > 0.1
 
 
 def test_the_student_keeps_its_own_precision():

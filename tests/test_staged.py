@@ -9,6 +9,7 @@ from algorithm1 import freeze
 from test_conformance import NAMES, Case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from zoo.nested import leaves, mapped
 
 from perceptual_diffusion import SelfPerceptualObjective, schedules, staged
@@ -433,3 +434,15 @@ def test_the_backward_frees_what_the_loss_held():
         _ = known.saved_tensors
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_operations_of_the_loss_are_counted_by_torchs_own_counter():
+    _model, wrap, given = setting()
+    objective = wrap(micro_batch=2)
+    held = torch.randn(B, 3, 6, 5, requires_grad=True)
+    objective.loss(held, **given)
+    with FlopCounterMode(display=False) as counter:
+        objective.loss(held, **given).backward()
+    # convolutions of 8 channels at 30 places: two forwards of both, and the input's gradient of both
+    first, middle = 2 * 30 * 9 * 3 * 8, 2 * 30 * 9 * 8 * 8
+    assert counter.get_total_flops() == 3 * B * (first + middle)
