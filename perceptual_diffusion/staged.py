@@ -262,8 +262,8 @@ def _passes(
     teacher: Teacher, samples: list[Sample], x_tt: Sample, t: Tensor, cond: Cond, *, grad: bool
 ) -> tuple[list[list[Feature]], list[Feature]]:
     """The features of the predicted samples, with their graph, and those of the true ones."""
-    # a view, since hooks on a module's inputs (FlopCounterMode's) do not take leaves
-    given = [map_leaves(lambda s, x: s.to(x.dtype).view_as(x), sample, x_tt) for sample in samples]
+    # a copy, since hooks on a module's inputs (FlopCounterMode's) do not take leaves
+    given = [map_leaves(lambda s, x: s.to(x.dtype, copy=True), sample, x_tt) for sample in samples]
     features = [teacher(sample, t, cond) for sample in given]
     with torch.no_grad():
         true = teacher(x_tt, t, cond)
