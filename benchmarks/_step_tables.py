@@ -27,7 +27,7 @@ def counted(rows: list[Row]) -> str:
 
 def modes(rows: list[Row]) -> str:
     """One model in every mode: FLOPs against the MSE step and the limit, bytes kept and alive, weights held."""
-    rows = [r for r in rows if r["model"] == "SD2.1" and r["batch"] == 8]
+    rows = [r for r in rows if r["model"] == "SD2.1" and r["batch"] == 8 and not r["outside"]]
     head = ["step", "FLOPs / MSE", "FLOPs / limit", "kept / MSE", "alive / MSE", "weights held / model"]
     return _table(head, [_mode(r) for r in rows if not (r["lora"] and r["variant"] == "MSE")])
 
@@ -139,7 +139,7 @@ def figure(rows: list[Row], path: Path) -> None:
         axes[0][column].set_title(here[0]["title"], fontsize=10)
         axes[1][column].set_xlabel(axis)
     axes[0][0].set_ylabel("FLOPs / MSE step")
-    axes[1][0].set_ylabel("peak activation memory / MSE step")
+    axes[1][0].set_ylabel("peak memory / MSE step")
     handles, labels = axes[0][0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     drawn.savefig(path, dpi=120)
