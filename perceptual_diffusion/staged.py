@@ -113,7 +113,7 @@ class MicroBatches:
     def _fitting(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
         """How many samples' activations take up their share of the device's memory."""
         memory, batch = _memory(first(x).device), batch_size(x)
-        if batch < 2 or not memory or not _may_split(teacher):
+        if batch < 2 or not memory or not _numbers(x) or not _may_split(teacher):
             return batch
         if self._saved is None:
             self._saved = self._saved_by_one(teacher, x, t, cond) / _numbers(take(x, slice(0, 1)))
