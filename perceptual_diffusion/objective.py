@@ -212,8 +212,8 @@ class SelfPerceptualObjective:
             t_range: see the constructor.
             seed: see the constructor.
             micro_batch: see the constructor.
-            teacher_dtype: floating dtype of the copy's weights; by default the model's. Half precision is quicker and smaller,
-                and rounds the gradient, by most where t' is near t.
+            teacher_dtype: floating dtype of the copy's weights; by default the model's. Half precision halves its memory, and
+                rounds the gradient, by most where t' is near t.
             compile: run the teacher as one graph of torch.compile, whose arguments a dict holds.
             example: a batch as the objective is given it, `(clean, cond)`, with every condition that is used later: the copy
                 then allocates only what a pass on it uses. Models of diffusers whose inputs can be made up need none.
