@@ -262,11 +262,11 @@ def _passes(
     teacher: Teacher, samples: list[Sample], x_tt: Sample, t: Tensor, cond: Cond, *, grad: bool
 ) -> tuple[list[list[Feature]], list[Feature]]:
     """The features of the predicted samples, with their graph, and those of the true ones."""
+    with torch.no_grad():  # first, so that its temporaries do not lie beside what the other pass keeps
+        true = teacher(x_tt, t, cond)
     # a copy, since hooks on a module's inputs (FlopCounterMode's) do not take leaves
     given = [map_leaves(lambda s, x: s.to(x.dtype, copy=True), sample, x_tt) for sample in samples]
     features = [teacher(sample, t, cond) for sample in given]
-    with torch.no_grad():
-        true = teacher(x_tt, t, cond)
     for found in features:
         check_features(found, true, batch_size(x_tt))
         if grad and not all(leaf.requires_grad for leaf in _all_leaves(found)):
@@ -293,22 +293,10 @@ def _value_and_gradient(
         _Plain: the distance has weights or mixes samples (looked at unless `known`), or the teacher cannot be differentiated so.
     """
     features, true = _passes(teacher, samples, x_tt, t, cond, grad=True)
-    cut = [[map_leaves(_widened, cast(Sample, feature)) for feature in given] for given in features]
-    values = [compare(cast("list[Feature]", given), true, batch_size(x_tt), distance) for given in cut]
-    value = torch.stack(values).sum(0)
-    if not value.requires_grad:
-        raise ValueError(
-            "`distance` gives no gradient to the predicted features, so the loss would train nothing. Compute it from its first "
-            "argument without no_grad and without detaching."
-        )
+    value, scaled, scale = _of_features(features, true, batch_size(x_tt), distance, known=known)
+    del true  # nothing but what the backward needs lies beside it
     outputs = [leaf for given in features for leaf in _all_leaves(given)]
-    inputs = [leaf for given in cut for leaf in _all_leaves(given)]
-    if not known:
-        _check_distance(distance, value, inputs, true)
-    with torch.autocast(first(x_tt).device.type, enabled=False):  # a backward does not belong under autocast
-        of_features = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
-        scale = _scale(of_features)
-        scaled = [(g * scale).to(f.dtype) for g, f in zip(of_features, outputs, strict=True)]
+    with _no_autocast(x_tt):
         try:
             found = torch.autograd.grad(outputs, _all_leaves(samples), scaled, materialize_grads=True)
         except CheckpointError as error:
@@ -321,7 +309,34 @@ def _value_and_gradient(
                 raise
             raise _Plain("the teacher checkpoints with `use_reentrant=True`") from error
     gradients = iter(found)
-    return value.detach(), [map_leaves(lambda _: next(gradients) / scale, sample) for sample in samples]
+    return value, [map_leaves(lambda _: next(gradients) / scale, sample) for sample in samples]
+
+
+def _of_features(
+    features: list[list[Feature]], true: list[Feature], batch: int, distance: Distance, *, known: bool
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The distance of each sample, its gradient with respect to the predicted features, and by what that is scaled."""
+    cut = [[map_leaves(_widened, cast(Sample, feature)) for feature in given] for given in features]
+    values = [compare(cast("list[Feature]", given), true, batch, distance) for given in cut]
+    value = torch.stack(values).sum(0)
+    if not value.requires_grad:
+        raise ValueError(
+            "`distance` gives no gradient to the predicted features, so the loss would train nothing. Compute it from its first "
+            "argument without no_grad and without detaching."
+        )
+    inputs = [leaf for given in cut for leaf in _all_leaves(given)]
+    if not known:
+        _check_distance(distance, value, inputs, true)
+    with _no_autocast(value):
+        gradients = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
+    scale = _scale(gradients)
+    outputs = [leaf for given in features for leaf in _all_leaves(given)]
+    return value.detach(), [(g * scale).to(f.dtype) for g, f in zip(gradients, outputs, strict=True)], scale
+
+
+def _no_autocast(x: Sample) -> torch.autocast:
+    """A backward does not belong under autocast."""
+    return torch.autocast(first(x).device.type, enabled=False)
 
 
 def _check_distance(distance: Distance, value: Tensor, inputs: list[Tensor], true: list[Feature]) -> None:

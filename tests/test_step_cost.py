@@ -208,22 +208,27 @@ def memory_over_mse(name, size, **options):
     return count(ours(of, given, **options), of.model).live / count(mse(of, given), of.model).live
 
 
-@pytest.mark.parametrize(("name", "bound"), [("SD2.1", 1.03), ("DiT-XL/2", 1.05)])
-def test_memory_in_micro_batches_of_one_is_nearly_that_of_mse_at_batch_8(name, bound):
-    assert 1 < memory_over_mse(name, 8, micro_batch=1) <= bound
+@pytest.mark.parametrize(
+    ("name", "size", "bound"),
+    [("SD2.1", 8, 1.03), *(pytest.param(name, 2, 1.05, marks=pytest.mark.slow) for name in ("DiT-XL/2", "SDXL"))],
+)
+def test_one_samples_share_of_the_teacher_is_small(name, size, bound):
+    """In micro-batches of one, memory is at most 1 + share / B of the MSE step's. The bounds are for B = 8."""
+    share = size * (memory_over_mse(name, size, micro_batch=1) - 1)
+    assert 0 < share / 8 <= bound - 1
 
 
-def test_one_samples_share_of_sdxls_teacher_is_small():
-    """At batch 8 it is 1 + share / 8 of the MSE step's, bound 1.05: counted at batch 2, which takes less time."""
-    share = 2 * (memory_over_mse("SDXL", 2, micro_batch=1) - 1)
-    assert 0 < share / 8 <= 0.05
+def test_the_true_pairs_pass_does_not_lie_on_top_of_what_the_other_keeps():
+    """It lay there when it ran second: 1.329 of the MSE step, where 1.287 is kept."""
+    assert memory_over_mse("SD2.1", 1, micro_batch=None) <= 1.29
 
 
-def test_at_batch_1_memory_is_not_above_that_of_plain_autograd():
+def test_at_batch_1_memory_is_that_of_plain_autograd_and_one_feature():
     of = study(REAL["DiT-XL/2"], fake=True)
     given = of.batch(1)
     plain, staged = (count(ours(of, given, micro_batch=size), of.model).live for size in (None, 1))
-    assert staged <= plain * 1.001
+    feature = 32 * 32 * 1152 * 4
+    assert staged <= plain * 1.0005 + feature
 
 
 def test_the_copy_holds_what_is_used_and_no_more():
