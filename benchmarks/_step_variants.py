@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,6 +135,37 @@ def printed(study: Study, given: Batch, *, frozen: bool = True) -> Step:
     return Step(run=run, held=[copied])
 
 
+class _Enough(Exception):
+    """The layer has run."""
+
+
+def bare(study: Study, given: Batch) -> Step:
+    """The MSE step and the limit's three passes with a hook that stops, and nothing else: what the limit takes in time."""
+    copied = copy.deepcopy(study.model).eval().requires_grad_(False)
+    stored: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        stored.append(taps.select(out, args, kwargs))
+        raise _Enough
+
+    copied.get_submodule(study.layer).register_forward_hook(stop, with_kwargs=True)
+    usual = mse(study, given)
+
+    def forward(sample: Tensor) -> Tensor:
+        with suppress(_Enough):
+            study.plain.call(copied, sample, given.t_prime, given.cond)
+        return stored.pop()
+
+    def run() -> None:
+        usual.run()
+        with torch.no_grad():
+            forward(given.noise)
+        sample = given.clean.detach().requires_grad_()
+        torch.autograd.grad(forward(sample).sum(), sample)
+
+    return Step(run=run, held=[copied])
+
+
 def ours(study: Study, given: Batch, *, micro_batch: Any = "auto", lora: bool = False, **options: Any) -> Step:
     """The objective, after its first pass.
 
@@ -178,7 +209,7 @@ COUNTED: dict[str, Variant] = {
     "as printed": printed,
     "as printed, not frozen": partial(printed, frozen=False),
 } | OURS
-WALL = COUNTED | {"compiled teacher": partial(ours, micro_batch="all", compile=True)}
+WALL = COUNTED | {"the limit's passes": bare, "compiled teacher": partial(ours, micro_batch="all", compile=True)}
 LORA_COUNTED: dict[str, Variant] = {
     "MSE": mse,
     "as printed": printed,
