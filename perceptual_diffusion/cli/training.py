@@ -62,8 +62,11 @@ class FineTuning:
         loss: "self-perceptual" or "mse".
         seed: of batches, noise and dropout.
         batch: batch size.
-        lr: learning rate of AdamW, after a warm-up of 20 steps.
+        lr: learning rate of AdamW.
         decay: decay of the averaged weights.
+        warm_up: over how many steps the learning rate rises.
+        drop: for what share of the samples the class is left out.
+        own_average: whether the averaged model is the teacher, and so changes with the student.
         options: more arguments of `SelfPerceptualObjective.wrap`.
     """
 
@@ -78,17 +81,22 @@ class FineTuning:
         batch: int = 32,
         lr: float = 1e-4,
         decay: float = 0.98,
+        warm_up: int = 20,
+        drop: float = 0.1,
+        own_average: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.data, self.loss_name, self.batch, self.lr = model.train(), data, loss, batch, lr
         self.device = next(model.parameters()).device
         self.images, self.labels = data.images.to(self.device), data.labels.to(self.device)
         self.mirror = data.mirror.to(self.device)
-        self.objective = SelfPerceptualObjective.wrap(model, scheduler, seed=seed, **(options or {}))
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        given = (options or {}) | ({"teacher": self.average.module} if own_average else {})
+        self.objective = SelfPerceptualObjective.wrap(model, scheduler, seed=seed, **given)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.draws = torch.Generator(self.device).manual_seed(seed + 1)  # of t and noise; t' has the objective's own
+        self.warm_up, self.drop = warm_up, drop
         self.seed, self.done = seed, 0
         self.history: list[dict[str, float]] = []
         torch.manual_seed(seed)  # dropout
@@ -100,7 +108,7 @@ class FineTuning:
         images = self.images[index]
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         null = len(self.data.classes)
-        return datasets.to_model(images), {"class_labels": torch.where(chance[1] < 0.1, null, self.labels[index])}
+        return datasets.to_model(images), {"class_labels": torch.where(chance[1] < self.drop, null, self.labels[index])}
 
     def _loss(self, clean: Tensor, cond: dict[str, Tensor], draws: torch.Generator) -> Tensor:
         objective = self.objective
@@ -108,15 +116,15 @@ class FineTuning:
         noise = torch.randn(clean.shape, device=clean.device, generator=draws)
         if self.loss_name == "self-perceptual":
             return objective(self.model, clean, cond=cond, t=t, noise=noise)
-        output = self.model(objective.add_noise(clean, noise, t), t, **cond).sample
-        loss: Tensor = (output - cast(Tensor, objective.target(clean, noise, t))).square().mean()
+        output = objective.output(objective.call(self.model, objective.add_noise(clean, noise, t), t, cond), clean)
+        loss: Tensor = (cast(Tensor, output) - cast(Tensor, objective.target(clean, noise, t))).square().mean()
         objective.terms = {"mse": loss.detach()[None]}
         return loss
 
     def step(self) -> dict[str, float]:
         """Make one step and return its losses, named "sp" and "mse"."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.done + 1) / 20)
+            group["lr"] = self.lr * min(1.0, (self.done + 1) / self.warm_up)
         loss = self._loss(*self._batch(self.generator), self.draws)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -133,9 +141,11 @@ class FineTuning:
     def count_flops(self) -> int:
         """Count the floating-point operations of one step's forward and backward; the run is left as it was."""
         before = self.objective.rng_state()
-        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            probe = torch.Generator(self.device).manual_seed(0)
-            self._loss(*self._batch(probe), probe).backward()
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
+            for _ in range(2):  # in its first pass the objective looks around
+                probe = torch.Generator(self.device).manual_seed(0)
+                with FlopCounterMode(display=False) as counter:
+                    self._loss(*self._batch(probe), probe).backward()
         self.objective.set_rng_state(before, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         return int(counter.get_total_flops())
