@@ -1,0 +1,180 @@
+"""The models under study: small denoisers, trained by plain MSE from scratch until that no longer helps.
+
+A base says what `run.py` has to know of a kind of data; this one is of pictures, those of sounds and of clips are in `_audio.py`
+and `_video.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from _data import load
+from _measures import Seen, compare, nearest, network
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from torch import Tensor, nn
+from torchvision.utils import save_image
+
+from perceptual_diffusion.cli import datasets
+from perceptual_diffusion.cli.files import load_state
+from perceptual_diffusion.cli.training import FineTuning
+
+FOLDER = Path(__file__).parent / "bases"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A model of pictures, and how it is trained and measured.
+
+    Attributes:
+        name: what it is called in the results.
+        dataset: what it is trained on.
+        make: builds it from the number of channels and of classes.
+        scheduler: makes its scheduler, which gives the schedule and the prediction, and samples.
+        drop: for what share of the samples the class is left out; 1 makes it unconditional.
+        steps: training steps.
+        batch: samples in one of them.
+        lr: learning rate.
+        decay: decay of the averaged weights.
+        n: how many samples are measured.
+        at_once: how many of them are drawn at once on a CPU; on a GPU twenty times as many.
+        tuning: the class of its trainings.
+    """
+
+    name: str
+    dataset: str
+    make: Callable[[int, int], nn.Module]
+    scheduler: Callable[[], Any]
+    drop: float = 0.1
+    steps: int = 20000
+    batch: int = 64
+    lr: float = 1e-3
+    decay: float = 0.9995
+    n: int = 10_000
+    at_once: int = 100
+    tuning: type[FineTuning] = FineTuning
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is told the class."""
+        return self.drop < 1
+
+    @property
+    def train(self) -> datasets.Pictures:
+        """What it is trained on."""
+        return load(self.dataset).train
+
+    @property
+    def null(self) -> int:
+        """The class that means none."""
+        return len(self.train.classes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample as the model sees it."""
+        return tuple(datasets.to_model(self.train.images[:1]).shape[1:])
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Make the model with random weights."""
+        torch.manual_seed(seed)
+        return self.make(self.shape[0], self.null)
+
+    def read(self) -> nn.Module:
+        """Make the model with the trained weights that the repository holds."""
+        model = self.build()
+        model.load_state_dict({k: v.float() for k, v in load_state(FOLDER / f"{self.name}.safetensors")[0].items()})
+        return model
+
+    @property
+    def trained(self) -> int:
+        """How many steps the weights that the repository holds have been trained for; 0 if it holds none."""
+        path = FOLDER / f"{self.name}.safetensors"
+        return int(load_state(path)[1]["step"]) if path.exists() else 0
+
+    def classes(self, n: int) -> Tensor:
+        """The classes to sample: in turn."""
+        return torch.arange(n) % self.null
+
+    def finish(self, sample: Tensor) -> Tensor:
+        """Turn samples into what is measured: uint8 pictures."""
+        return datasets.to_images(sample)
+
+    def measure(self, made: Tensor, labels: Tensor | None, device: str) -> dict[str, float]:
+        """Measure what `finish` gave.
+
+        Returns:
+            `compare`'s metrics, and `nearest`: the mean distance to the nearest training picture, root mean square over pixels, of the
+            pixel range.
+        """
+        data = load(self.dataset)
+        found = compare(data.network, real(self.dataset, device), network(data.network, device)(made), labels)
+        return found | {"nearest": nearest(data.train.images, made[:2000], device)}
+
+    def references(self, device: str, seed: int) -> dict[str, tuple[int, dict[str, float]]]:
+        """What real pictures get: a name, how many, and the metrics. Random halves of them say what a metric is by chance."""
+        data = load(self.dataset)
+        see = network(data.network, device)
+        one, other = torch.randperm(len(data.real), generator=torch.Generator().manual_seed(seed)).chunk(2)
+        images, near = data.real.images, data.real.images[other][:2000]
+        found = compare(data.network, see(images[one]), see(images[other]), data.real.labels[other])
+        found |= {"nearest": nearest(data.train.images, near, device)} if data.real is not data.train else {}
+        return {"half of the test pictures": (len(other), found)}
+
+    def show(self, made: Tensor, labels: Tensor, path: Path) -> None:
+        """Write some of what `finish` gave: ten of each class."""
+        save_image(made[: 10 * self.null].float() / 255, path.with_suffix(".png"), nrow=self.null)
+
+
+@cache
+def real(dataset: str, device: str) -> Seen:
+    """What the metric network sees in the real pictures."""
+    data = load(dataset)
+    return network(data.network, device)(data.real.images)
+
+
+def unet(channels: int, classes: int) -> nn.Module:
+    """A UNet of 1.2 M parameters on 16 x 16."""
+    return UNet2DModel(
+        sample_size=16, in_channels=channels, out_channels=channels, block_out_channels=(32, 64, 64),
+        layers_per_block=1, norm_num_groups=16, attention_head_dim=32, dropout=0.0,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"), num_class_embeds=classes + 1,
+    )  # fmt: skip
+
+
+def dit(channels: int, classes: int) -> nn.Module:
+    """A DiT of 1.2 M parameters on 16 x 16 in patches of 2. Classes are left out by us, as for the UNet, not by the model."""
+    model = DiTTransformer2DModel(
+        sample_size=16, in_channels=channels, out_channels=channels, num_layers=6, num_attention_heads=4,
+        attention_head_dim=24, patch_size=2, num_embeds_ada_norm=classes,
+    )  # fmt: skip
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    return model
+
+
+def ddim() -> Any:
+    """The schedule of the paper: Stable Diffusion's at zero terminal SNR, v-prediction, DDIM with trailing timesteps."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+
+
+def flow() -> Any:
+    """Flow matching along straight lines, with Euler's steps."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+
+
+BASES = {
+    base.name: base
+    for base in (
+        Base(name="fashion-unet", dataset="fashion-mnist", make=unet, scheduler=ddim),
+        Base(name="fashion-unet-unconditional", dataset="fashion-mnist", make=unet, scheduler=ddim, drop=1.0),
+        Base(name="fashion-dit-flow", dataset="fashion-mnist", make=dit, scheduler=flow),
+    )
+}
+"""The bases of pictures."""

@@ -1,0 +1,86 @@
+"""What is compared: recipes of fine-tuning, and the paper's eight tables of them (Lin & Yang, arXiv 2401.00110)."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+STEPS, LR = 1000, 1e-4
+SEEDS = (0, 1, 2)
+NFE = (25, 50)
+SCALES = (1.5, 2.0, 3.0, 4.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a base is fine-tuned.
+
+    Attributes:
+        loss: "mse", "self-perceptual", or None for the base as it is.
+        steps: how many; of "mse" as many as cost what this many of `as_much_as` do.
+        as_much_as: the recipe whose training compute is spent.
+        lr: learning rate.
+        teacher: "base"; "sp", a model trained by the recipe "sp" from the same seed; or "ema", the student's own average.
+        options: more arguments of `SelfPerceptualObjective.wrap`.
+    """
+
+    loss: Literal["mse", "self-perceptual"] | None = "self-perceptual"
+    steps: int = STEPS
+    as_much_as: str | None = None
+    lr: float = LR
+    teacher: Literal["base", "sp", "ema"] = "base"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn; with guidance each step of the sampler takes two evaluations of the model."""
+
+    steps: int = 25
+    guidance: float = 1.0
+    rescale: float = 0.0
+
+
+DOWN, MIDDLE = ["down_blocks.0", "down_blocks.1", "down_blocks.2"], "mid_block"
+UP = ["up_blocks.0", "up_blocks.1", "up_blocks.2"]
+
+SP = Recipe()
+RECIPES: dict[str, Recipe] = {
+    "base": Recipe(loss=None, steps=0),
+    "sp": SP,
+    "mse-equal-compute": Recipe(loss="mse", as_much_as="recommended"),
+    "recommended": Recipe(options={"distance": "normalised", "mse_weight": 1.0}),
+    "sp, encoder": replace(SP, options={"layers": DOWN}),
+    "sp, decoder": replace(SP, options={"layers": UP}),
+    "sp, encoder and middle": replace(SP, options={"layers": [*DOWN, MIDDLE]}),
+    "sp, t' = t ± 40": replace(SP, options={"t_prime": "shifted"}),
+    "sp, t' ~ N(t, 100)": replace(SP, options={"t_prime": "near"}),
+    "sp, mae": replace(SP, options={"distance": "mae"}),
+    "sp, split": replace(SP, options={"formulation": "split"}),
+    "sp, taught by sp": replace(SP, teacher="sp"),
+    "sp, taught by its average": replace(SP, teacher="ema"),
+}
+
+PLAIN = tuple(Sampling(steps=steps) for steps in NFE)
+GUIDED = tuple(Sampling(guidance=3.0, rescale=rescale, steps=steps) for rescale in (0.0, 0.7) for steps in NFE)
+SWEEP = tuple(Sampling(guidance=scale) for scale in SCALES)
+
+Entry = tuple[str, str, tuple[Sampling, ...]]
+"""A base, a recipe, and how it is sampled."""
+
+UNET, FREE, DIT = "fashion-unet", "fashion-unet-unconditional", "fashion-dit-flow"
+SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
+COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
+
+TABLES: dict[str, list[Entry]] = {
+    "1": [(UNET, "base", (*PLAIN, *GUIDED)), *((UNET, name, PLAIN) for name in COMPARED[1:])],
+    "2": [(UNET, name, PLAIN[:1]) for name in ("sp, encoder", "sp, decoder", "sp, encoder and middle", "sp")],
+    "3": [(UNET, name, PLAIN[:1]) for name in ("sp, t' = t ± 40", "sp, t' ~ N(t, 100)", "sp")],
+    "4": [(UNET, name, PLAIN[:1]) for name in ("sp", "sp, mae")],
+    "5": [(UNET, name, PLAIN[:1]) for name in ("sp", "sp, split")],
+    "6": [(UNET, name, PLAIN[:1]) for name in ("sp", "sp, taught by sp", "sp, taught by its average")],
+    "7": [(UNET, name, (PLAIN[0], *SWEEP)) for name in ("base", "sp", "recommended")],
+    "8": [(FREE, name, PLAIN) for name in COMPARED],
+    "dit": [(DIT, "base", (*PLAIN, *GUIDED)), *((DIT, name, PLAIN) for name in COMPARED[1:])],
+    "audio": [(SOUND, "base", (PLAIN[0], GUIDED[0])), *((SOUND, name, PLAIN[:1]) for name in COMPARED[1:])],
+    "video": [(CLIPS, name, PLAIN[:1]) for name in COMPARED],
+}
+"""The paper's tables by their numbers, and the same comparison for a DiT with flow matching, for sounds, and for clips."""

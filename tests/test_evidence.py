@@ -1,0 +1,286 @@
+"""The benchmark of whether the objective helps: its sampler, metrics, recipes, rows and tables."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torch_fidelity")
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks/evidence"
+sys.path.insert(0, str(FOLDER))
+
+import _bases  # noqa: E402
+import _classifier  # noqa: E402
+import _data  # noqa: E402
+import _measures  # noqa: E402
+import _rows  # noqa: E402
+import _sampling  # noqa: E402
+import render  # noqa: E402
+import run  # noqa: E402
+from _bases import BASES  # noqa: E402
+from _plan import RECIPES, TABLES, Sampling  # noqa: E402
+
+from perceptual_diffusion.cli._errors import UserError  # noqa: E402
+
+UNET, DIT = (replace(BASES[name], dataset="digits", batch=4) for name in ("fashion-unet", "fashion-dit-flow"))
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------------
+
+
+class Output:
+    def __init__(self, sample):
+        self.sample = sample
+
+
+class Knowing(torch.nn.Module):
+    """A model that knows the only picture there is."""
+
+    def __init__(self, scheduler, clean):
+        super().__init__()
+        self.scheduler, self.clean, self.passes = scheduler, clean, 0
+
+    def forward(self, x, t, class_labels):
+        self.passes += 1
+        if not hasattr(self.scheduler, "alphas_cumprod"):
+            sigma = (t.double() / 1000).float()[:, None, None, None]
+            return Output((x - self.clean) / sigma)  # noise - clean, of x = (1 - sigma) clean + sigma noise
+        bar = self.scheduler.alphas_cumprod[t.long()][:, None, None, None]
+        alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+        return Output(alpha * (x - alpha * self.clean) / sigma - sigma * self.clean)
+
+
+@pytest.mark.parametrize("base", [UNET, DIT], ids=["DDIM", "flow"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_model_that_knows_the_picture_samples_it(base, guidance):
+    clean, noise = torch.randn(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    scheduler = base.scheduler()
+    model = Knowing(scheduler, clean)
+    made = _sampling.sample(
+        model, scheduler, noise, torch.arange(3), steps=25, null=10, guidance=guidance, rescale=0.7, batch=3
+    )
+    assert (made - clean).abs().max() < 1e-3
+    assert model.passes == (25 if guidance == 1 else 50)
+
+
+def test_guidance_is_its_formula():
+    cond, free = torch.randn(2, 5, 4, 6, 6, dtype=torch.float64).unbind()
+    assert torch.allclose(_sampling.guided(cond, free, 1.0, 0.0), cond)
+    assert torch.allclose(_sampling.guided(cond, free, 3.0, 0.0), 3 * cond - 2 * free)
+    whole = _sampling.guided(cond, free, 3.0, 1.0)
+    assert torch.allclose(whole.flatten(1).std(1), cond.flatten(1).std(1))
+    part = _sampling.guided(cond, free, 3.0, 0.7)
+    assert torch.allclose(part, 0.7 * whole + 0.3 * (3 * cond - 2 * free))
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_frechet_distance_of_two_normals_is_that_of_their_moments():
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(40_000, 3, generator=generator)
+    other = torch.randn(40_000, 3, generator=generator) * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, -2.0])
+    assert _measures.frechet(one, other) == pytest.approx(5 + 1 + 0 + 0.25, rel=0.03)
+    assert abs(_measures.frechet(one, one)) < 1e-6
+
+
+def test_metrics_tell_a_set_from_another_and_not_from_itself():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 600, 8, generator=generator).unbind()
+    logits = 20 * torch.nn.functional.one_hot(torch.arange(600) % 10, 10).float()
+    labels = torch.arange(600) % 10
+    same = _measures.compare("Net", (a, logits), (b, logits), labels)
+    far = _measures.compare("Net", (a, logits), (b + 5, torch.zeros(600, 10)), labels)
+    assert set(same) == {f"{m}-Net" for m in ("FD", "KID", "precision", "recall", "CS", "class")}
+    assert same["FD-Net"] < 1 < 150 < far["FD-Net"]
+    assert abs(same["KID-Net"]) < 20 < far["KID-Net"]
+    assert min(same["precision-Net"], same["recall-Net"]) > 0.8
+    assert far["precision-Net"] == far["recall-Net"] == 0
+    assert same["CS-Net"] == pytest.approx(10, rel=0.1)
+    assert far["CS-Net"] == pytest.approx(1)
+    assert (same["class-Net"], far["class-Net"]) == (1, pytest.approx(0.1))
+    assert "class-Net" not in _measures.compare("Net", (a, logits), (b, logits), None)
+
+
+def test_the_classifier_is_the_one_whose_accuracy_is_given():
+    about = json.loads(_classifier.WEIGHTS.with_suffix(".json").read_text())
+    assert 0.9 < about["test accuracy"] < 0.96
+    network = _classifier.read()
+    assert not any(p.requires_grad for p in network.parameters())
+    features, logits = network(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
+    assert (features.shape, logits.shape) == ((2, 128), (2, 10))
+    try:
+        data = _data.load("fashion-mnist")
+    except Exception as error:  # the pictures are a package of Debian's
+        pytest.skip(str(error))
+    found = network(data.real.images[:2000])[1].argmax(1)
+    assert float((found == data.real.labels[:2000]).float().mean()) == pytest.approx(about["test accuracy"], abs=0.015)
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.loss and recipe.teacher != "sp"])
+def test_every_recipe_trains(name):
+    tuning = run.tuning(UNET, UNET.build(), RECIPES[name], 0, "cpu", batch=2)
+    before = [p.detach().clone() for p in tuning.model.parameters()]
+    row = tuning.step()
+    assert all(math.isfinite(value) for value in row.values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, tuning.model.parameters(), strict=True))
+
+
+def test_every_recipe_is_in_a_table_and_every_entry_names_one():
+    used = {name for entries in TABLES.values() for _, name, _ in entries}
+    assert used == set(RECIPES)
+    assert {base for entries in TABLES.values() for base, _, _ in entries} == set(run.BASES)
+    assert set(map(str, range(1, 9))) <= set(TABLES)
+
+
+def test_the_average_as_teacher_is_the_average_itself():
+    tuning = run.tuning(UNET, UNET.build(), RECIPES["sp, taught by its average"], 0, "cpu", batch=2)
+    assert tuning.objective.teacher.module is tuning.average.module
+    before = next(tuning.average.module.parameters()).clone()
+    tuning.step()
+    tuning.step()
+    assert not torch.equal(before, next(tuning.average.module.parameters()))
+
+
+@pytest.mark.parametrize("base", [UNET, DIT], ids=["unet", "dit"])
+def test_mse_gets_as_much_compute_as_the_recipe_it_is_compared_with(base, monkeypatch):
+    monkeypatch.setattr(_bases.Base, "read", lambda self: self.build())
+    recipe = RECIPES["mse-equal-compute"]
+    mse = run.tuning(base, base.build(), recipe, 0, "cpu")
+    other = run.tuning(base, base.build(), RECIPES[recipe.as_much_as], 0, "cpu")
+    steps = run.steps_of(base, recipe, mse, "cpu")
+    spent = other.count_flops() * RECIPES[recipe.as_much_as].steps
+    assert abs(steps * mse.count_flops() - spent) <= mse.count_flops()
+    assert 1.2 < steps / RECIPES[recipe.as_much_as].steps < 1.75
+
+
+def test_an_unconditional_base_never_sees_a_class():
+    free = replace(BASES["fashion-unet-unconditional"], dataset="digits", batch=64)
+    tuning = run.tuning(free, free.build(), RECIPES["sp"], 0, "cpu")
+    _, cond = tuning._batch(torch.Generator().manual_seed(0))
+    assert cond["class_labels"].tolist() == [10] * 64
+
+
+# --- from a base to its rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A benchmark of seconds, on digits, in a folder of its own."""
+    base = replace(UNET, steps=4)
+    for module in (run, _bases):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "bases")
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run._rows, "read", lambda path=tmp_path / "results.json", read=_rows.read: read(path))
+    monkeypatch.setattr(run._rows, "add", lambda rows, path=tmp_path / "results.json", add=_rows.add: add(rows, path))
+    monkeypatch.setattr(run, "RECIPES", {name: replace(r, steps=min(r.steps, 2)) for name, r in RECIPES.items()})
+    return base
+
+
+def test_a_base_is_trained_measured_and_gone_on_with(small, capsys):
+    stop = run.Budget(1e6)
+    run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    run.train_base(small, "cpu", stop, 2, n=24)
+    log = json.loads((_bases.FOLDER / f"{small.name}.json").read_text())
+    assert [row["step"] for row in log["log"]] == [2, 4]
+    assert small.trained == 4
+    assert log["compute"] > 0
+    assert all(math.isfinite(value) for value in log["log"][1].values())
+    weights = small.read().state_dict()
+    run.train_base(small, "cpu", stop, 2, n=24)  # nothing is left to do
+    assert all(torch.equal(v, weights[k]) for k, v in small.read().state_dict().items())
+    (run.RUNS / f"{small.name}.safetensors").unlink()
+    with pytest.raises(UserError, match="has been trained for 4 steps"):
+        run.train_base(small, "cpu", stop, 2, n=24)
+
+
+def test_a_table_is_made_once(small, monkeypatch, capsys):
+    run.train_base(replace(small, steps=2), "cpu", run.Budget(1e6), 2, n=24)
+    make = lambda table, name, **how: run.make_rows(  # noqa: E731
+        table, small, name, Sampling(steps=2, **how), 0, 24, "cpu", run.Budget(1e6)
+    )
+    make("5", "sp")
+    make("1", "base", guidance=3.0)
+    rows = run._rows.read()
+    assert {row["table"] for row in rows} == {"1", "5"}
+    assert {row["nfe"] for row in rows if row["loss"] == "base"} == {4}
+    assert all(row["compute"] > 0 for row in rows if row["loss"] == "sp")
+    assert len(list(run.RUNS.glob("*.png"))) == 2
+    monkeypatch.setattr(run, "draw", None)
+    make("5", "sp")
+    make("6", "sp")  # the same model in another table
+    again = run._rows.read()
+    assert len(again) == len(rows) + sum(row["table"] == "5" for row in rows)
+    monkeypatch.setattr(_bases.Base, "trained", 7)
+    with pytest.raises(TypeError):  # of another base they have to be made anew
+        make("5", "base")
+
+
+def test_real_pictures_are_references(small):
+    run.make_references(replace(small, dataset="digits"), 0, "cpu")
+    rows = {row["metric"]: row for row in run._rows.read()}
+    assert {"FD-EffLite0", "KID-EffLite0", "recall-EffLite0", "nearest"} <= set(rows)
+    assert rows["nearest"]["value"] > 0
+    assert rows["nearest"]["n"] == len(_data.load("digits").real) // 2
+
+
+# --- rows and tables --------------------------------------------------------------------------------------------------------
+
+
+def a_row(**changed):
+    return dict.fromkeys(_rows.COLUMNS, "x") | {"value": 1.0, "compute": 1e12, "seed": 0, "rescale": 0.0} | changed
+
+
+def test_a_row_takes_the_place_of_its_like(tmp_path):
+    path = tmp_path / "rows.json"
+    _rows.add([a_row(), a_row(seed=1)], path)
+    _rows.add([a_row(value=2.0, date="later")], path)
+    assert [(r["seed"], r["value"]) for r in _rows.read(path)] == [(0, 2.0), (1, 1.0)]
+
+
+@pytest.mark.parametrize("row", [a_row(value=math.nan), a_row(more=1), {"value": 1.0}])
+def test_a_row_that_says_nothing_is_refused_and_loses_none(row, tmp_path):
+    path = tmp_path / "rows.json"
+    _rows.add([a_row()], path)
+    with pytest.raises(ValueError, match=r"has the columns|is nan"):
+        _rows.add([row], path)
+    assert len(_rows.read(path)) == 1
+
+
+def test_processes_do_not_lose_each_others_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    code = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import _rows; from pathlib import Path\n"
+        "for seed in range(10): _rows.add([dict.fromkeys(_rows.COLUMNS, sys.argv[1]) | {'seed': seed, 'value': 1.0}],"
+        f" Path({str(path)!r}))"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert len(_rows.read(path)) == 20
+
+
+def test_the_interval_of_a_ratio_is_students():
+    rows = [a_row(loss="new", metric="FD", seed=s, value=v) for s, v in enumerate((1.0, 2.0, 4.0))]
+    rows += [a_row(loss="old", metric="FD", seed=s, value=v) for s, v in enumerate((2.0, 4.0, 4.0))]
+    middle, low, high = render.ratio(rows, {"loss": "new"}, {"loss": "old"}, "FD")
+    logs = [math.log(0.5), math.log(0.5), 0.0]
+    mean = sum(logs) / 3
+    half = 4.303 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    assert (middle, low, high) == pytest.approx((math.exp(mean), math.exp(mean - half), math.exp(mean + half)))
+    assert render.ratio(rows[:1] + rows[3:], {"loss": "new"}, {"loss": "old"}, "FD") is None
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results():
+    text = render.DOCUMENT.read_text(encoding="utf-8")
+    assert render.fill(text, _rows.read()) == text
+    with pytest.raises(ValueError, match="no place"):
+        render.fill("", [a_row(table="1", metric="FD")])
