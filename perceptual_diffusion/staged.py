@@ -262,7 +262,8 @@ def _passes(
     teacher: Teacher, samples: list[Sample], x_tt: Sample, t: Tensor, cond: Cond, *, grad: bool
 ) -> tuple[list[list[Feature]], list[Feature]]:
     """The features of the predicted samples, with their graph, and those of the true ones."""
-    with torch.no_grad():  # first, so that its temporaries do not lie beside what the other pass keeps
+    # first, so that its temporaries do not lie beside what the other pass keeps
+    with torch.no_grad(), _Uncached():
         true = teacher(x_tt, t, cond)
     # a copy, since hooks on a module's inputs (FlopCounterMode's) do not take leaves
     given = [map_leaves(lambda s, x: s.to(x.dtype, copy=True), sample, x_tt) for sample in samples]
@@ -403,6 +404,18 @@ class _Known(torch.autograd.Function):
         gradients = [map_leaves(lambda _: next(saved), like) for like in ctx.like]
         weighted = [map_scaled(lambda k, g: over(k[0], g) * g, (given,), gradient) for gradient in gradients]
         return None, None, *_all_leaves(weighted)
+
+
+class _Uncached(AbstractContextManager["_Uncached"]):
+    """Keeps autocast from caching casts without a graph, which before torch 2.11 a pass with gradient then takes."""
+
+    def __enter__(self) -> "_Uncached":
+        self.before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        torch.set_autocast_cache_enabled(self.before)
 
 
 class _Counting(AbstractContextManager["_Counting"]):

@@ -61,6 +61,28 @@ def test_the_scaled_gradient_under_autocast_is_close_to_that_of_float32(dtype, t
     assert distance(found, expected) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("micro_batch", [None, "auto"])
+def test_weights_that_the_teacher_holds_too_keep_their_gradients_in_the_same_autocast_block(micro_batch):
+    """Before torch 2.11 autocast hands a pass with gradient the casts that a pass without one has made."""
+    torch.manual_seed(0)
+    shared = torch.nn.Conv2d(4, 4, 3, padding=1)
+    objective = SelfPerceptualObjective.wrap(
+        shared, schedules.Discrete.scaled_linear(), prediction="v_prediction", call=lambda m, x, t, cond: m(x),
+        teacher=lambda x, t, cond: [shared(x)], micro_batch=micro_batch,
+    )  # fmt: skip
+    clean, noise = batch()
+    for _ in range(2):  # in its first step the objective looks around
+        shared.zero_grad()
+        prediction = torch.randn(clean.shape, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            objective.loss(prediction, clean=clean, noise=noise, t=T, t_prime=T_PRIME)
+            output = shared(clean)
+        output.float().square().mean().backward()
+        assert shared.weight.grad is not None
+        assert shared.weight.grad.abs().sum() > 0
+        assert torch.is_autocast_cache_enabled()
+
+
 def test_a_compiled_teacher_under_autocast_gives_the_eager_gradient():
     pairs = [setup(), setup(compile={"backend": "aot_eager"})]
     for seed in range(2):

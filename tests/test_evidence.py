@@ -163,6 +163,39 @@ def test_mse_gets_as_much_compute_as_the_recipe_it_is_compared_with(base, monkey
     assert 1.2 < steps / RECIPES[recipe.as_much_as].steps < 1.75
 
 
+def test_a_model_taught_by_sp_has_that_teacher_and_is_trained_anew_when_it_changes(small, monkeypatch, capsys):
+    stop = run.Budget(1e6)
+    run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    taught, given = "sp, taught by sp", []
+    tuning = run.tuning
+    monkeypatch.setattr(run, "tuning", lambda *args, **how: given.append(how.get("teacher")) or tuning(*args, **how))
+    run.fine_tuned(small, taught, 0, "cpu", stop)
+    own = run.fine_tuned(small, "sp", 0, "cpu", stop).state_dict()
+    teacher = next(t for t in given if t is not None)
+    assert all(torch.equal(v, own[k]) for k, v in teacher.state_dict().items())
+    files = set(run.RUNS.glob(f"*{taught}*"))
+    run.fine_tuned(small, taught, 0, "cpu", stop)
+    assert set(run.RUNS.glob(f"*{taught}*")) == files
+    monkeypatch.setitem(run.RECIPES, "sp", replace(run.RECIPES["sp"], lr=1e-3))
+    model = run.fine_tuned(small, taught, 0, "cpu", stop)
+    assert len(set(run.RUNS.glob(f"*{taught}*")) - files) == 1
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_average_that_taught_can_be_trained_on(small, capsys):
+    stop = run.Budget(1e6)
+    run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    model = run.fine_tuned(small, "sp, taught by its average", 0, "cpu", stop)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_learning_rate_of_a_base_rises_stays_and_falls_to_a_tenth():
+    base = replace(UNET, steps=10_000)
+    assert [round(base.factor(step), 4) for step in (0, 249, 499, 6000, 8000, 9999, 20_000)] == [
+        0.002, 0.5, 1, 1, 0.55, 0.1002, 0.1
+    ]  # fmt: skip
+
+
 def test_an_unconditional_base_never_sees_a_class():
     free = replace(BASES["fashion-unet-unconditional"], dataset="digits", batch=64)
     tuning = run.tuning(free, free.build(), RECIPES["sp"], 0, "cpu")
@@ -230,7 +263,7 @@ def test_real_pictures_are_references(small):
     rows = {row["metric"]: row for row in run._rows.read()}
     assert {"FD-EffLite0", "KID-EffLite0", "recall-EffLite0", "nearest"} <= set(rows)
     assert rows["nearest"]["value"] > 0
-    assert rows["nearest"]["n"] == len(_data.load("digits").real) // 2
+    assert rows["nearest"]["n"] == len(_data.load("digits").train)
 
 
 # --- rows and tables --------------------------------------------------------------------------------------------------------
@@ -268,18 +301,36 @@ def test_processes_do_not_lose_each_others_rows(tmp_path):
     assert len(_rows.read(path)) == 20
 
 
+def test_rows_of_another_base_or_another_n_are_other_lines_and_not_in_the_verdict():
+    def rows_of(values, **about):
+        return [
+            a_row(**({"table": "1", "metric": "FD-X", "base": "b", "nfe": 25, "guidance": "none", "loss": loss, "seed": s,
+                      "n": 100, "base_steps": 20, "steps": 5} | about | {"value": v}))
+            for loss, of in values.items() for s, v in enumerate(of)
+        ]  # fmt: skip
+
+    new = rows_of({"recommended": (1.0, 1.0), "mse-equal-compute": (2.0, 2.0)})
+    others = rows_of({"recommended": (9.0, 9.0)}, n=10) + rows_of({"recommended": (7.0, 7.0)}, base_steps=10)
+    rows = [*others, *new, *(row | {"table": "7"} for row in new)]
+    assert render.table(rows, "1").count("\n") == 1 + 4
+    assert "| 0.500 | 0.500 – 0.500 |" in render.verdict(rows)
+    with pytest.raises(ValueError, match="several rows of seed 0"):
+        render.verdict([*rows, *rows_of({"recommended": (5.0,)}, distance="other")])
+
+
 def test_the_interval_of_a_ratio_is_students():
     rows = [a_row(loss="new", metric="FD", seed=s, value=v) for s, v in enumerate((1.0, 2.0, 4.0))]
     rows += [a_row(loss="old", metric="FD", seed=s, value=v) for s, v in enumerate((2.0, 4.0, 4.0))]
     middle, low, high = render.ratio(rows, {"loss": "new"}, {"loss": "old"}, "FD")
     logs = [math.log(0.5), math.log(0.5), 0.0]
     mean = sum(logs) / 3
-    half = 4.303 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    half = 4.30265 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
     assert (middle, low, high) == pytest.approx((math.exp(mean), math.exp(mean - half), math.exp(mean + half)))
     assert render.ratio(rows[:1] + rows[3:], {"loss": "new"}, {"loss": "old"}, "FD") is None
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results():
+    assert all(tuple(row) == _rows.COLUMNS for row in _rows.read())
     text = render.DOCUMENT.read_text(encoding="utf-8")
     assert render.fill(text, _rows.read()) == text
     with pytest.raises(ValueError, match="no place"):

@@ -176,13 +176,12 @@ class AudioBase(Base):
     def measure(self, made: Tensor, labels: Tensor | None, device: str) -> dict[str, float]:
         """Measure pictures of sounds against the training crops: `compare` in SonicCNN's features, and `nearest`.
 
-        That is the mean distance to the nearest training crop, the root mean square over cube roots of magnitudes; of crops of held-out
+        No precision and recall: nine in ten nearest neighbours of a crop are of the same clip. `nearest` is the mean distance to the nearest training crop, the root mean square over cube roots of magnitudes; of crops of held-out
         clips it is the measure of what is no copy.
         """
         seen = spectra(made)
-        found = compare(
-            "SonicCNN", seen_in_training(self, device), network(self.weights, self.null, device)(seen), labels
-        )
+        made = network(self.weights, self.null, device)(seen)
+        found = compare("SonicCNN", seen_in_training(self, device), made, labels, neighbours=False)
         return found | {"nearest": nearest(known(self), seen[:2000], device)}
 
     def references(self, device: str, seed: int) -> dict[str, tuple[int, dict[str, float]]]:
@@ -190,7 +189,11 @@ class AudioBase(Base):
         features, logits = seen_in_training(self, device)
         one, other = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).chunk(2)
         halves = compare(
-            "SonicCNN", (features[one], logits[one]), (features[other], logits[other]), self.train.labels[other]
+            "SonicCNN",
+            (features[one], logits[one]),
+            (features[other], logits[other]),
+            self.train.labels[other],
+            neighbours=False,
         )
         held_out = load(self.folder).held_out
         return {

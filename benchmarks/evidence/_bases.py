@@ -93,6 +93,10 @@ class Base:
         path = FOLDER / f"{self.name}.safetensors"
         return int(load_state(path)[1]["step"]) if path.exists() else 0
 
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by: it rises over 500 steps, and falls to a tenth over the last 40 %."""
+        return min(1.0, (step + 1) / 500, max(0.1, 1 - 0.9 * (step / self.steps - 0.6) / 0.4))
+
     def classes(self, n: int) -> Tensor:
         """The classes to sample: in turn."""
         return torch.arange(n) % self.null
@@ -113,14 +117,16 @@ class Base:
         return found | {"nearest": nearest(data.train.images, made[:2000], device)}
 
     def references(self, device: str, seed: int) -> dict[str, tuple[int, dict[str, float]]]:
-        """What real pictures get: a name, how many, and the metrics. Random halves of them say what a metric is by chance."""
+        """What real pictures get: a name, how many, and the metrics.
+
+        As many training pictures as samples are measured, as if they were samples: the best to be had. `nearest` is that of test pictures.
+        """
         data = load(self.dataset)
-        see = network(data.network, device)
-        one, other = torch.randperm(len(data.real), generator=torch.Generator().manual_seed(seed)).chunk(2)
-        images, near = data.real.images, data.real.images[other][:2000]
-        found = compare(data.network, see(images[one]), see(images[other]), data.real.labels[other])
-        found |= {"nearest": nearest(data.train.images, near, device)} if data.real is not data.train else {}
-        return {"half of the test pictures": (len(other), found)}
+        some = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[: self.n]
+        seen = network(data.network, device)(data.train.images[some])
+        found = compare(data.network, real(self.dataset, device), seen, data.train.labels[some])
+        found["nearest"] = nearest(data.train.images, data.real.images[:2000], device)
+        return {"training pictures": (len(some), found)}
 
     def show(self, made: Tensor, labels: Tensor, path: Path) -> None:
         """Write some of what `finish` gave: ten of each class."""

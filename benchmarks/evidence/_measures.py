@@ -50,7 +50,7 @@ def frechet(one: Tensor, other: Tensor) -> float:
     return float(metric.compute())
 
 
-def compare(name: str, real: Seen, made: Seen, labels: Tensor | None) -> dict[str, float]:
+def compare(name: str, real: Seen, made: Seen, labels: Tensor | None, *, neighbours: bool = True) -> dict[str, float]:
     """Compare what a network sees in samples with what it sees in real pictures.
 
     Args:
@@ -58,6 +58,7 @@ def compare(name: str, real: Seen, made: Seen, labels: Tensor | None) -> dict[st
         real: of real pictures.
         made: of samples.
         labels: the classes asked for, shape (N,), if any were.
+        neighbours: whether there are precision and recall: where nearly all nearest neighbours are near copies they say nothing.
 
     Returns:
         `FD`, `KID` (times 1000), `precision` and `recall` (k = 3), all with the network's name; of a classifier also `CS`, the
@@ -65,13 +66,10 @@ def compare(name: str, real: Seen, made: Seen, labels: Tensor | None) -> dict[st
     """
     size = min(1000, len(real[0]) // 2, len(made[0]) // 2)
     kid = kid_features_to_metric(made[0], real[0], kid_subsets=50, kid_subset_size=size, rng_seed=0, verbose=False)
-    prc = prc_features_to_metric(made[0], real[0], verbose=False, save_cpu_ram=True, prc_batch_size=2000)
-    found = {
-        "FD": frechet(real[0], made[0]),
-        "KID": 1000 * kid["kernel_inception_distance_mean"],
-        "precision": prc["precision"],
-        "recall": prc["recall"],
-    }
+    found = {"FD": frechet(real[0], made[0]), "KID": 1000 * kid["kernel_inception_distance_mean"]}
+    if neighbours:
+        prc = prc_features_to_metric(made[0], real[0], verbose=False, save_cpu_ram=True, prc_batch_size=2000)
+        found |= {"precision": prc["precision"], "recall": prc["recall"]}
     if made[1] is not None:
         found["CS"] = isc_features_to_metric(made[1])["inception_score_mean"]
         if labels is not None:

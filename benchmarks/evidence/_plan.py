@@ -6,7 +6,8 @@ from typing import Any, Literal
 STEPS, LR = 1000, 1e-4
 SEEDS = (0, 1, 2)
 NFE = (25, 50)
-SCALES = (1.5, 2.0, 3.0, 4.0)
+SCALES = (1.25, 1.5, 2.0, 3.0, 4.0)
+RATES = (3e-5, 3e-4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,11 @@ RECIPES: dict[str, Recipe] = {
     "sp, taught by its average": replace(SP, teacher="ema"),
 }
 
+for _rate in RATES:
+    RECIPES |= {
+        f"{name}, lr {_rate:g}": replace(RECIPES[name], lr=_rate) for name in ("mse-equal-compute", "sp", "recommended")
+    }
+
 PLAIN = tuple(Sampling(steps=steps) for steps in NFE)
 GUIDED = tuple(Sampling(guidance=3.0, rescale=rescale, steps=steps) for rescale in (0.0, 0.7) for steps in NFE)
 SWEEP = tuple(Sampling(guidance=scale) for scale in SCALES)
@@ -71,16 +77,24 @@ SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
 COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
 
 TABLES: dict[str, list[Entry]] = {
-    "1": [(UNET, "base", (*PLAIN, *GUIDED)), *((UNET, name, PLAIN) for name in COMPARED[1:])],
+    "1": [
+        *((UNET, name, (*PLAIN, *GUIDED)) for name in ("base", "mse-equal-compute")),
+        *((UNET, name, PLAIN) for name in COMPARED[2:]),
+    ],
     "2": [(UNET, name, PLAIN[:1]) for name in ("sp, encoder", "sp, decoder", "sp, encoder and middle", "sp")],
     "3": [(UNET, name, PLAIN[:1]) for name in ("sp, t' = t ± 40", "sp, t' ~ N(t, 100)", "sp")],
     "4": [(UNET, name, PLAIN[:1]) for name in ("sp", "sp, mae")],
     "5": [(UNET, name, PLAIN[:1]) for name in ("sp", "sp, split")],
     "6": [(UNET, name, PLAIN[:1]) for name in ("sp", "sp, taught by sp", "sp, taught by its average")],
-    "7": [(UNET, name, (PLAIN[0], *SWEEP)) for name in ("base", "sp", "recommended")],
+    "7": [(UNET, name, (PLAIN[0], *SWEEP)) for name in COMPARED],
     "8": [(FREE, name, PLAIN) for name in COMPARED],
+    "lr": [
+        (UNET, name, PLAIN[:1])
+        for name in RECIPES
+        if name.startswith(COMPARED[1:]) and name.partition(", ")[2][:2] in ("", "lr")
+    ],
     "dit": [(DIT, "base", (*PLAIN, *GUIDED)), *((DIT, name, PLAIN) for name in COMPARED[1:])],
     "audio": [(SOUND, "base", (PLAIN[0], GUIDED[0])), *((SOUND, name, PLAIN[:1]) for name in COMPARED[1:])],
     "video": [(CLIPS, name, PLAIN[:1]) for name in COMPARED],
 }
-"""The paper's tables by their numbers, and the same comparison for a DiT with flow matching, for sounds, and for clips."""
+"""The paper's tables by their numbers, learning rates, and the first comparison for a DiT with flow matching, sounds, and clips."""

@@ -15,11 +15,11 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results.json"
 
 KEY = (
-    "table", "dataset", "model", "loss", "guidance", "rescale", "nfe", "seed", "n", "metric", "layers", "t_prime", "distance",
-    "formulation", "mse_weight", "teacher", "lr", "steps", "base_steps",
+    "table", "dataset", "base", "base_steps", "model", "loss", "guidance", "rescale", "nfe", "seed", "n", "metric", "layers",
+    "t_prime", "distance", "formulation", "mse_weight", "teacher", "lr", "steps",
 )  # fmt: skip
 """What a row is of. A row of the same is replaced."""
-COLUMNS = (*KEY, "value", "compute", "command", "hardware", "date")
+COLUMNS = (*KEY, "value", "compute", "command", "commit", "hardware", "date")
 
 
 def read(path: Path = RESULTS) -> list[Row]:

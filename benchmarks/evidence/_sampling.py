@@ -1,5 +1,6 @@
 """Sample a base with its scheduler, with and without guidance, from given noise."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,12 @@ def trajectory(
         guidance: its scale; 1 is none.
         rescale: how much of it is rescaled.
     """
-    scheduler.set_timesteps(steps)
+    if (
+        "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    ):  # of flow matching: its own end with an empty step
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    else:
+        scheduler.set_timesteps(steps)
     x = noise
     for t in scheduler.timesteps:
         time = t.expand(len(x)).to(x.device)

@@ -229,14 +229,16 @@ BASE = ClipBase(
 
 
 def see(clips: Tensor, device: str) -> dict[str, Tensor]:
-    """Give the features of uint8 clips by what they tell, each with its network's name.
+    """Give the features of uint8 clips (N, F, 3, H, W) by what they tell, one of each clip: its frames are near copies.
 
     Returns:
-        `EffLite0-frames`: EfficientNet-Lite0's pooled features of every frame, shape (N F, 1280); `EffLite0-motion`: their
-        differences from each frame to the next, shape (N (F - 1), 1280), which are 0 in a clip that stands still.
+        `EffLite0-frames`: EfficientNet-Lite0's pooled features of a frame, shape (N, 1280); `EffLite0-motion`: their difference from
+        a frame to the next, shape (N, 1280), which is 0 in a clip that stands still. Clips take their turns in which frame it is.
     """
-    features = _measures.network("EffLite0", device)(clips.flatten(0, 1))[0].unflatten(0, clips.shape[:2])
-    return {"EffLite0-frames": features.flatten(0, 1), "EffLite0-motion": features.diff(dim=1).flatten(0, 1)}
+    network, clip = _measures.network("EffLite0", device), torch.arange(len(clips))
+    first = clip % (clips.shape[1] - 1)
+    before, after = (network(clips[clip, at])[0] for at in (first, first + 1))
+    return {"EffLite0-frames": network(clips[clip, clip % clips.shape[1]])[0], "EffLite0-motion": after - before}
 
 
 @cache

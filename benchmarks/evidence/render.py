@@ -8,13 +8,12 @@ from pathlib import Path
 
 import _rows
 from _rows import Row
+from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/evidence.md"
-OF = ("model", "loss", "guidance", "rescale", "nfe")
+OF = tuple(name for name in _rows.KEY if name not in ("table", "seed", "metric"))
 ORDER = ("FD", "KID", "precision", "recall", "CS", "class", "nearest")
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t at 97.5 % of samples of this size."""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -28,13 +27,15 @@ def table(rows: Sequence[Row], number: str) -> str:
     """A table of the paper: a line for each model, recipe and way to sample, with all metrics."""
     rows = [row for row in rows if row["table"] == number]
     metrics = sorted({row["metric"] for row in rows}, key=lambda name: (ORDER.index(name.split("-")[0]), name))
-    head = ["model", "recipe", "guidance", "passes", "seeds", "N", *metrics, "training TFLOPs"]
+    head = ["base", "recipe", "guidance", "passes", "steps", "seeds", "N", *metrics, "training TFLOPs"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for of in sorted({tuple(row[k] for k in OF) for row in rows}, key=str):
         mine = [row for row in rows if tuple(row[k] for k in OF) == of]
-        seeds = sorted({row["seed"] for row in mine})
-        guidance = of[2] if not of[3] else f"{of[2]}, rescaled {of[3]}"
-        cells = [of[0], of[1] or "–", guidance, of[4], len(seeds), ", ".join(sorted({str(row["n"]) for row in mine}))]
+        one = mine[0]
+        guidance = f"{one['guidance']}, rescaled {one['rescale']}" if one["rescale"] else one["guidance"]
+        base = f"{one['base']}, {one['base_steps']} steps" if one["base_steps"] else one["model"]
+        seeds = len({row["seed"] for row in mine})
+        cells = [base, one["loss"] or "–", guidance, one["nfe"], one["steps"], seeds, one["n"]]
         for metric in metrics:
             values = [row["value"] for row in mine if row["metric"] == metric]
             cells.append(spread(values) if values else "–")
@@ -54,31 +55,39 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 
     Returns:
         mean, low and high; None for fewer than two seeds in common.
+
+    Raises:
+        ValueError: there are several rows of one seed, so that the kind is not told by its columns.
     """
 
     def by_seed(wanted: Row) -> dict[int, float]:
-        found = [r for r in rows if r["metric"] == metric and all(r[k] == v for k, v in wanted.items())]
-        return {row["seed"]: row["value"] for row in found}
+        found: dict[int, float] = {}
+        for row in rows:
+            if row["metric"] == metric and all(row[k] == v for k, v in wanted.items()):
+                if found.setdefault(row["seed"], row["value"]) != row["value"]:
+                    raise ValueError(f"several rows of seed {row['seed']} and {wanted}. Say which are meant.")
+        return found
 
     one, other = by_seed(of), by_seed(to)
     logs = [math.log(one[seed] / other[seed]) for seed in sorted(one.keys() & other.keys())]
     if len(logs) < 2:
         return None
-    middle, half = statistics.mean(logs), T_95[len(logs)] * statistics.stdev(logs) / math.sqrt(len(logs))
+    half = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    middle = statistics.mean(logs)
     return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The recommended recipe against MSE at the same training compute, 25 evaluations, no guidance."""
-    lines = ["| model | metric | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- |"]
-    for model in sorted({row["model"] for row in rows}):
-        for metric in sorted(
-            {row["metric"] for row in rows if row["model"] == model and row["metric"][:2] in ("FD", "KI")}
-        ):
-            way = {"model": model, "guidance": "none", "nfe": 25}
-            found = ratio(rows, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
+    """The recommended recipe against MSE at the same training compute, 25 passes, no guidance; of each base as it was trained longest."""
+    lines = ["| base | metric | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- |"]
+    for base in sorted({row["base"] for row in rows if row["table"] != "error"}):
+        mine = [row for row in rows if row["base"] == base and row["table"] != "error"]
+        way = {"guidance": "none", "nfe": 25, "base_steps": max(row["base_steps"] for row in mine)}
+        way["n"] = max(row["n"] for row in mine if row["base_steps"] == way["base_steps"])
+        for metric in sorted({row["metric"] for row in mine if row["metric"].startswith("FD")}):
+            found = ratio(mine, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
             if found:
-                lines.append(f"| {model} | {metric} | {found[0]:.3f} | {found[1]:.3f} – {found[2]:.3f} |")
+                lines.append(f"| {base} | {metric} | {found[0]:.3f} | {found[1]:.3f} – {found[2]:.3f} |")
     return "\n".join(lines)
 
 

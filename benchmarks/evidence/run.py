@@ -10,13 +10,16 @@ What is done is skipped. Weights of fine-tuned models, and some of their samples
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +70,24 @@ def hardware(device: str) -> str:
     return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread"
 
 
-def tuning(base: Base, model: nn.Module, recipe: Recipe, seed: int, device: str, **changed: Any) -> FineTuning:
-    """Set up the training of a model."""
-    options = dict(recipe.options)
-    if recipe.teacher == "sp":
-        options["teacher"] = fine_tuned(base, "sp", seed, device, Budget(1e6))
-    given: dict[str, Any] = {"batch": base.batch, "lr": recipe.lr, "decay": 0.995, "warm_up": 50} | changed
+def tuning(
+    base: Base,
+    model: nn.Module,
+    recipe: Recipe,
+    seed: int,
+    device: str,
+    *,
+    teacher: nn.Module | None = None,
+    **changed: Any,
+) -> FineTuning:
+    """Set up the training of a model, with another teacher than its copy if one is given."""
+    given: dict[str, Any] = {
+        "batch": base.batch, "lr": recipe.lr, "decay": 0.995, "clip": math.inf, "factor": lambda step: min(1.0, (step + 1) / 50)
+    }  # fmt: skip
     return base.tuning(
         model.to(device), base.scheduler(), base.train, loss=recipe.loss or "mse", seed=seed, drop=base.drop,
-        own_average=recipe.teacher == "ema", options=options, **given,
+        own_average=recipe.teacher == "ema", options=recipe.options | ({"teacher": teacher} if teacher else {}),
+        **given | changed,
     )  # fmt: skip
 
 
@@ -91,7 +103,8 @@ def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000)
             f"{base.name!r} has been trained for {base.trained} steps, and its state {str(state)!r} is not here. "
             f"Bring it, or delete {str(FOLDER / base.name)!r}.* to train it anew."
         )
-    run = tuning(base, base.build(), Recipe(loss="mse", lr=base.lr), 0, device, decay=base.decay, warm_up=500)
+    recipe = Recipe(loss="mse", lr=base.lr)
+    run = tuning(base, base.build(), recipe, 0, device, decay=base.decay, factor=base.factor, clip=1.0)
     key = {"base": base.name, "batch": base.batch, "lr": base.lr, "decay": base.decay, "drop": base.drop}
     about = json.loads(log.read_text()) if log.exists() else {"log": []}
     done = load_state(state)[1]["done"] if state.exists() else 0
@@ -129,10 +142,22 @@ def fine_tuned(base: Base, name: str, seed: int, device: str, stop: Budget) -> n
     model, recipe = base.read(), RECIPES[name]
     if recipe.loss is None:
         return model.to(device).eval()
-    run = tuning(base, model, recipe, seed, device)
+    teacher = fine_tuned(base, "sp", seed, device, stop) if recipe.teacher == "sp" else None
+    run = tuning(
+        base, model, recipe, 1000 * (seed + 1), device, teacher=teacher
+    )  # other draws than the base's training
     steps = steps_of(base, recipe, run, device)
-    key = {"base": base.name, "base_steps": base.trained, "recipe": repr(recipe), "seed": seed}
-    state, progress = RUNS / f"{base.name}, {name}, {seed}.safetensors", _progress(steps, f"{name}, seed {seed}")
+    of = repr(RECIPES["sp"]) if teacher else None
+    key = {
+        "base": base.name,
+        "base_steps": base.trained,
+        "recipe": repr(recipe),
+        "teacher": of,
+        "steps": steps,
+        "seed": seed,
+    }
+    state = RUNS / f"{base.name}, {name}, {seed}, {sha256(json.dumps(key).encode()).hexdigest()[:8]}.safetensors"
+    progress = _progress(steps, f"{name}, seed {seed}")
     return run.run(steps, state=state, stop=stop, key=key, every=250, progress=progress)
 
 
@@ -162,16 +187,17 @@ def draw(
 def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: int, device: str, stop: Budget) -> None:
     """Make the rows of one recipe, one seed and one way to sample, unless they are there."""
     recipe = RECIPES[name]
+    # to count; another teacher of the same kind costs the same
     run = tuning(base, base.read(), recipe, seed, "cpu") if recipe.loss else None
-    given = {"layers": "mid", "t_prime": "uniform", "distance": "mse", "formulation": "joint", "mse_weight": 0.0}
+    given = {"layers": _layers(run), "t_prime": "uniform", "distance": "mse", "formulation": "joint", "mse_weight": 0.0}
     ours = recipe.loss == "self-perceptual"
     about = {
-        "table": table, "dataset": base.dataset, "model": base.name, "loss": name,
+        "table": table, "dataset": base.dataset, "base": base.name, "base_steps": base.trained,
+        "model": "conditional" if base.conditional else "unconditional", "loss": name,
         "guidance": how.guidance if how.guidance != 1 else "none", "rescale": how.rescale,
         "nfe": how.steps * (2 if how.guidance != 1 else 1), "seed": seed, "n": n,
-        **(given | recipe.options if ours else dict.fromkeys(given)), "teacher": recipe.teacher if ours else None,
+        **(given | recipe.options | {"layers": given["layers"]} if ours else dict.fromkeys(given)), "teacher": recipe.teacher if ours else None,
         "lr": recipe.lr if run else None, "steps": steps_of(base, recipe, run, "cpu") if run else 0,
-        "base_steps": base.trained,
     }  # fmt: skip
     wanted = {k: v for k, v in about.items() if k != "table"}
     same = [row for row in _rows.read() if all(row[k] == v for k, v in wanted.items())]
@@ -187,11 +213,15 @@ def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: in
     print(json.dumps(about | found), flush=True)
 
 
+def _layers(run: FineTuning | None) -> str | None:
+    return ", ".join(run.objective.teacher.layers) if run else None
+
+
 def make_references(base: Base, seed: int, device: str) -> None:
     """Make the rows that say what real data get."""
     for name, (n, found) in base.references(device, seed).items():
         about = dict.fromkeys(_rows.COLUMNS) | {
-            "table": "error", "dataset": base.dataset, "model": name, "guidance": "none", "rescale": 0.0, "nfe": 0,
+            "table": "error", "dataset": base.dataset, "base": base.name, "model": name, "guidance": "none", "rescale": 0.0, "nfe": 0,
             "seed": seed, "n": n, "steps": 0, "base_steps": 0, "compute": 0, **where(device),
         }  # fmt: skip
         _rows.add([about | {"metric": metric, "value": value} for metric, value in found.items()])
@@ -200,7 +230,15 @@ def make_references(base: Base, seed: int, device: str) -> None:
 def where(device: str) -> dict[str, str]:
     """What was typed, on what, and when."""
     command = shlex.join(["python", "benchmarks/evidence/run.py", *sys.argv[1:]])
-    return {"command": command, "hardware": hardware(device), "date": datetime.now(UTC).date().isoformat()}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "command": command,
+        "commit": commit,
+        "hardware": hardware(device),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def main() -> None:

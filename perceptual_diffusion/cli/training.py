@@ -64,7 +64,8 @@ class FineTuning:
         batch: batch size.
         lr: learning rate of AdamW.
         decay: decay of the averaged weights.
-        warm_up: over how many steps the learning rate rises.
+        factor: what the learning rate is multiplied by at a step, from 0; by default it rises over 20 steps.
+        clip: the norm that gradients are clipped to.
         drop: for what share of the samples the class is left out.
         own_average: whether the averaged model is the teacher, and so changes with the student.
         options: more arguments of `SelfPerceptualObjective.wrap`.
@@ -81,7 +82,8 @@ class FineTuning:
         batch: int = 32,
         lr: float = 1e-4,
         decay: float = 0.98,
-        warm_up: int = 20,
+        factor: Callable[[int], float] = lambda step: min(1.0, (step + 1) / 20),
+        clip: float = 1.0,
         drop: float = 0.1,
         own_average: bool = False,
         options: dict[str, Any] | None = None,
@@ -96,7 +98,7 @@ class FineTuning:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.draws = torch.Generator(self.device).manual_seed(seed + 1)  # of t and noise; t' has the objective's own
-        self.warm_up, self.drop = warm_up, drop
+        self.factor, self.clip, self.drop = factor, clip, drop
         self.seed, self.done = seed, 0
         self.history: list[dict[str, float]] = []
         torch.manual_seed(seed)  # dropout
@@ -124,11 +126,11 @@ class FineTuning:
     def step(self) -> dict[str, float]:
         """Make one step and return its losses, named "sp" and "mse"."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.done + 1) / self.warm_up)
+            group["lr"] = self.lr * self.factor(self.done)
         loss = self._loss(*self._batch(self.generator), self.draws)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         if not bool(norm.isfinite()):
             raise UserError(f"the gradient of step {self.done + 1} is not finite. Use a smaller learning rate.")
         self.optimizer.step()
@@ -186,6 +188,8 @@ class FineTuning:
                 self._save(state, key)
             stop.check()
         averaged = copy.deepcopy(self.average.module)
+        for parameter, trained in zip(averaged.parameters(), self.model.parameters(), strict=True):
+            parameter.requires_grad_(trained.requires_grad)  # a teacher's are frozen
         return averaged.eval()
 
     def _tensors(self) -> dict[str, Tensor]:
