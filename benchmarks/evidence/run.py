@@ -230,15 +230,18 @@ def make_references(base: Base, seed: int, device: str) -> None:
 def where(device: str) -> dict[str, str]:
     """What was typed, on what, and when."""
     command = shlex.join(["python", "benchmarks/evidence/run.py", *sys.argv[1:]])
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    code = ("--", "perceptual_diffusion", "benchmarks/evidence/*.py")
+    commit = _git("rev-parse", "--short", "HEAD") + (" and changes" if _git("status", "--porcelain", *code) else "")
     return {
         "command": command,
         "commit": commit,
         "hardware": hardware(device),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def main() -> None:
