@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from perceptual_diffusion import taps
@@ -295,8 +296,8 @@ def _value_and_gradient(
     """
     features, true = _passes(teacher, samples, x_tt, t, cond, grad=True)
     value, scaled, scale = _of_features(features, true, batch_size(x_tt), distance, known=known)
-    del true  # nothing but what the backward needs lies beside it
-    outputs = [leaf for given in features for leaf in _all_leaves(given)]
+    outputs = [get_gradient_edge(leaf) for given in features for leaf in _all_leaves(given)]
+    del features, true  # nothing but what the backward needs lies beside it
     with _no_autocast(x_tt):
         try:
             found = torch.autograd.grad(outputs, _all_leaves(samples), scaled, materialize_grads=True)
