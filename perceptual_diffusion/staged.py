@@ -138,7 +138,7 @@ class MicroBatches:
     def _way(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond, slices: list[slice]) -> str | None:
         """How the conditions have to be split so that the features of the parts are those of the batch."""
         why = ""
-        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(x)):
+        with torch.no_grad(), _Uncached(), torch.random.fork_rng(devices=_cuda(x)):
             whole = teacher(x, t, cond)
             for way in WAYS:
                 differs = _apart(whole, teacher, x, t, cond, slices, way)

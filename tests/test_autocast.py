@@ -61,7 +61,7 @@ def test_the_scaled_gradient_under_autocast_is_close_to_that_of_float32(dtype, t
     assert distance(found, expected) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("micro_batch", [None, "auto"])
+@pytest.mark.parametrize("micro_batch", [None, "auto", 1])
 def test_weights_that_the_teacher_holds_too_keep_their_gradients_in_the_same_autocast_block(micro_batch):
     """Before torch 2.11 autocast hands a pass with gradient the casts that a pass without one has made."""
     torch.manual_seed(0)
