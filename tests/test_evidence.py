@@ -266,6 +266,19 @@ def test_real_pictures_are_references(small):
     assert rows["nearest"]["n"] == len(_data.load("digits").train)
 
 
+def test_bad_input_to_the_command_is_said_and_ends_it(small, monkeypatch, capsys):
+    monkeypatch.setattr(_bases.Base, "trained", 4)
+    for words, said in (
+        (("base", "fashion-unet"), "has been trained for 4 steps"),
+        (("table", "9"), "unknown name '9'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        with pytest.raises(SystemExit) as end:
+            run.main()
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err
+
+
 # --- rows and tables --------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The models under study: small denoisers, trained by plain MSE from scratch until that no longer helps.
+"""The models under study: small denoisers, trained by plain MSE from scratch.
 
 A base says what `run.py` has to know of a kind of data; this one is of pictures, those of sounds and of clips are in `_audio.py`
 and `_video.py`.

@@ -19,9 +19,6 @@ from perceptual_diffusion.cli import metrics
 Seen = tuple[Tensor, Tensor | None]
 """Features (N, D), and class logits (N, K) of a network that is a classifier of the data."""
 
-DOWN = ("FD", "KID")
-"""Metrics that are better when smaller; the others when larger, but "nearest", which tells copies."""
-
 
 @cache
 def network(name: str, device: str) -> Callable[[Tensor], Seen]:

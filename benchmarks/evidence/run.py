@@ -279,6 +279,8 @@ def main() -> None:
                             stop.check()
     except Interrupted:
         print("stopped; the same command goes on")
+    except UserError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":
