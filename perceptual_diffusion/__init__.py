@@ -8,11 +8,13 @@ loss = objective(model, latents, cond={"encoder_hidden_states": text})
 
 from perceptual_diffusion import adapters, checks, distances, parameterizations, schedules, teachers, timesteps, weights
 from perceptual_diffusion.inspection import probe_layers
+from perceptual_diffusion.monitor import Monitor
 from perceptual_diffusion.objective import SelfPerceptualObjective
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Monitor",
     "SelfPerceptualObjective",
     "adapters",
     "checks",

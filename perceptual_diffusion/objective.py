@@ -161,6 +161,8 @@ class SelfPerceptualObjective:
         self.micro_batches = None if micro_batch is None else MicroBatches(micro_batch)
         self.terms: dict[str, Tensor] = {}
         """The last call's L_sp and L_mse, detached, shape (B,) each: for logging."""
+        self.times: dict[str, Tensor] = {}
+        """The last call's t and t_prime, shape (B,) each."""
         self._generator: torch.Generator | None = None
 
     @classmethod
@@ -453,6 +455,7 @@ class SelfPerceptualObjective:
             perceptual = perceptual * importance.to(perceptual.dtype)
         square = mean_square(error)
         self.terms = {"sp": perceptual.detach(), "mse": square.detach()}
+        self.times = {"t": t.detach(), "t_prime": t_prime.detach()}
         loss = perceptual + self.mse_weight * square if self.mse_weight else perceptual
         if self.weight is not None:
             loss = loss * self._weigh(self.weight, t).to(loss.dtype)

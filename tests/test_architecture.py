@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "checks",
         "staged",
     },
+    "monitor": BASE | {"objective", "renoising"},
     "comparison": BASE,
     "staged": BASE | {"comparison", "distances", "taps"},
     "taps": BASE,

@@ -8,9 +8,10 @@ arguments that calls `register`.
 """
 
 from perceptual_diffusion.adapters import _wrap, diffusers  # noqa: F401  (they register themselves)
+from perceptual_diffusion.adapters._accelerate import Checkpoints
 from perceptual_diffusion.adapters._registry import Adapter, find, register
 from perceptual_diffusion.adapters.diffusers import Concat
 from perceptual_diffusion.adapters.outside import DecoderTeacher, TimmTeacher
 from perceptual_diffusion.adapters.schedulers import Process, read
 
-__all__ = ["Adapter", "Concat", "DecoderTeacher", "Process", "TimmTeacher", "find", "read", "register"]
+__all__ = ["Adapter", "Checkpoints", "Concat", "DecoderTeacher", "Process", "TimmTeacher", "find", "read", "register"]
