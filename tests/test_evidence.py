@@ -348,3 +348,31 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
     assert render.fill(text, _rows.read()) == text
     with pytest.raises(ValueError, match="no place"):
         render.fill("", [a_row(table="1", metric="FD")])
+
+
+# --- the search, and the base of the package --------------------------------------------------------------------------------
+
+
+def test_a_search_is_compared_with_training_pictures_only():
+    whole, search = _data.load("digits"), _data.load(f"digits{_data.SEARCH}")
+    known = {image.numpy().tobytes() for image in whole.train.images}
+    assert {image.numpy().tobytes() for image in search.real.images} <= known
+    assert torch.equal(search.train.images, whole.train.images)
+    assert not torch.equal(whole.real.images, search.real.images[: len(whole.real)])
+    assert all(_data.SEARCH in BASES[base].dataset for base, _, _ in TABLES["search"])
+    assert not any(_data.SEARCH in BASES[base].dataset for name in "12345678" for base, _, _ in TABLES[name])
+
+
+def test_every_recipe_of_the_search_costs_what_the_recommended_one_does():
+    assert {RECIPES[name].as_much_as for _, name, _ in TABLES["search"]} <= {None, "recommended"}
+    assert all(RECIPES[name].as_much_as for _, name, _ in TABLES["search"] if name.startswith("search: "))
+
+
+def test_the_base_of_the_package_is_read_as_it_is_and_not_trained_here():
+    base = BASES["emoji-unet"]
+    record = json.loads((ROOT / "perceptual_diffusion/assets/base/training.json").read_text())
+    assert base.trained == record["steps"]
+    assert sum(p.numel() for p in base.read().parameters()) == record["parameters"]
+    assert base.scheduler().config.prediction_type == "v_prediction"
+    with pytest.raises(UserError, match="base of the package"):
+        run.train_base(base, "cpu", run.Budget(1), 10)

@@ -4,20 +4,23 @@ A base says what `run.py` has to know of a kind of data; this one is of pictures
 and `_video.py`.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from _data import load
+from _data import SEARCH, load
 from _measures import Seen, compare, nearest, network
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from perceptual_diffusion.cli import datasets
+from perceptual_diffusion.cli.demo import load_base
 from perceptual_diffusion.cli.files import load_state
 from perceptual_diffusion.cli.training import FineTuning
 
@@ -133,6 +136,22 @@ class Base:
         save_image(made[: 10 * self.null].float() / 255, path.with_suffix(".png"), nrow=self.null)
 
 
+class Packaged(Base):
+    """The base of the package, as it was trained on a GPU; its record is beside its weights."""
+
+    def build(self, seed: int = 0) -> nn.Module:
+        return self.read()
+
+    def read(self) -> nn.Module:
+        model: nn.Module = load_base(self.null)[0]
+        return model
+
+    @property
+    def trained(self) -> int:
+        record = resources.files("perceptual_diffusion") / "assets/base/training.json"
+        return int(json.loads(record.read_text("utf-8"))["steps"])
+
+
 @cache
 def real(dataset: str, device: str) -> Seen:
     """What the metric network sees in the real pictures."""
@@ -181,6 +200,16 @@ BASES = {
         Base(name="fashion-unet", dataset="fashion-mnist", make=unet, scheduler=ddim),
         Base(name="fashion-unet-unconditional", dataset="fashion-mnist", make=unet, scheduler=ddim, drop=1.0),
         Base(name="fashion-dit-flow", dataset="fashion-mnist", make=dit, scheduler=flow),
+        Packaged(
+            name="emoji-unet",
+            dataset="emoji",
+            make=unet,
+            scheduler=lambda: load_base(9)[1],
+            steps=24585,
+            batch=32,
+            n=1702,
+        ),
     )
 }
 """The bases of pictures."""
+BASES["fashion-unet, search"] = replace(BASES["fashion-unet"], dataset=f"fashion-mnist{SEARCH}", n=2000)

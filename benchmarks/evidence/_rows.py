@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results.json"
 
 KEY = (
     "table", "dataset", "base", "base_steps", "model", "loss", "guidance", "rescale", "nfe", "seed", "n", "metric", "layers",
-    "t_prime", "distance", "formulation", "mse_weight", "teacher", "lr", "steps",
+    "t_prime", "distance", "formulation", "mse_weight", "weight", "teacher", "lr", "steps",
 )  # fmt: skip
 """What a row is of. A row of the same is replaced."""
 COLUMNS = (*KEY, "value", "compute", "command", "commit", "hardware", "date")

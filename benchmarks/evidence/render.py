@@ -80,8 +80,9 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 def verdict(rows: Sequence[Row]) -> str:
     """The recommended recipe against MSE at the same training compute, 25 passes, no guidance; of each base as it was trained longest."""
     lines = ["| base | metric | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- |"]
-    for base in sorted({row["base"] for row in rows if row["table"] != "error"}):
-        mine = [row for row in rows if row["base"] == base and row["table"] != "error"]
+    rows = [row for row in rows if row["table"] not in ("error", "search")]
+    for base in sorted({row["base"] for row in rows}):
+        mine = [row for row in rows if row["base"] == base]
         way = {"guidance": "none", "nfe": 25, "base_steps": max(row["base_steps"] for row in mine)}
         way["n"] = max(row["n"] for row in mine if row["base_steps"] == way["base_steps"])
         for metric in sorted({row["metric"] for row in mine if row["metric"].startswith("FD")}):

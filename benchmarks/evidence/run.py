@@ -31,7 +31,7 @@ import _rows
 import _video
 import torch
 from _bases import FOLDER, Base
-from _plan import RECIPES, SEEDS, TABLES, Recipe, Sampling
+from _plan import RECIPES, SEARCH_SEEDS, SEEDS, TABLES, Recipe, Sampling
 from _sampling import sample
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -97,6 +97,8 @@ def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000)
     Raises:
         UserError: the repository holds weights, and what it takes to go on from them is not here.
     """
+    if isinstance(base, _bases.Packaged):
+        raise UserError(f"{base.name!r} is the base of the package. Train it by `examples/train_base.py`.")
     state, log = RUNS / f"{base.name}.safetensors", FOLDER / f"{base.name}.json"
     if base.trained and not state.exists():
         raise UserError(
@@ -189,7 +191,14 @@ def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: in
     recipe = RECIPES[name]
     # to count; another teacher of the same kind costs the same
     run = tuning(base, base.read(), recipe, seed, "cpu") if recipe.loss else None
-    given = {"layers": _layers(run), "t_prime": "uniform", "distance": "mse", "formulation": "joint", "mse_weight": 0.0}
+    given = {
+        "layers": _layers(run),
+        "t_prime": "uniform",
+        "distance": "mse",
+        "formulation": "joint",
+        "mse_weight": 0.0,
+        "weight": None,
+    }
     ours = recipe.loss == "self-perceptual"
     about = {
         "table": table, "dataset": base.dataset, "base": base.name, "base_steps": base.trained,
@@ -250,7 +259,9 @@ def main() -> None:
     parser.add_argument("what", choices=("base", "table", "error"))
     parser.add_argument("name", help=f"a base ({', '.join(BASES)}), or a table ({', '.join(TABLES)})")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, action="append", help=f"may be repeated; default: {SEEDS}")
+    parser.add_argument(
+        "--seed", type=int, action="append", help=f"may be repeated; default: {SEEDS}, of the search {SEARCH_SEEDS}"
+    )
     parser.add_argument("--only", action="append", help="only this recipe; may be repeated")
     parser.add_argument("--n", type=int, help="samples; default: as the base says")
     parser.add_argument("--every", type=int, default=1000, help="of a base: steps between two measurements")
@@ -271,7 +282,7 @@ def main() -> None:
                 for seed in options.seed or SEEDS:
                     make_references(BASES[options.name], seed, options.device)
             else:
-                for seed in options.seed or SEEDS:
+                for seed in options.seed or (SEARCH_SEEDS if options.name == "search" else SEEDS):
                     for base, name, ways in TABLES[options.name]:
                         for how in ways if not options.only or name in options.only else ():
                             n = options.n or BASES[base].n
