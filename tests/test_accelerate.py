@@ -149,3 +149,10 @@ def test_names_given_by_accelerate_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="automatic_checkpoint_naming=False"):
         adapters.Checkpoints(accelerator, tmp_path, objective=Run(tmp_path).objective)
+
+
+def test_a_run_without_an_objective_is_saved_too(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoints.objective = None
+    run.checkpoints.save(4)
+    assert run.checkpoints.load() == 4

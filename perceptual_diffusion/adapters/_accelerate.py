@@ -25,7 +25,7 @@ class Checkpoints:
     Args:
         accelerator: an `accelerate.Accelerator` with everything prepared.
         folder: holds one folder per checkpoint, named "step-00001000".
-        objective: whose generator is saved.
+        objective: whose generator is saved, if there is one: a base that is trained by MSE has none.
         average: averaged weights, such as a `torch.optim.swa_utils.AveragedModel`, saved by the main process.
         keep: how many checkpoints stay, the newest ones.
 
@@ -38,7 +38,7 @@ class Checkpoints:
         accelerator: Any,
         folder: str | os.PathLike[str],
         *,
-        objective: SelfPerceptualObjective,
+        objective: SelfPerceptualObjective | None = None,
         average: nn.Module | None = None,
         keep: int = 2,
     ) -> None:
@@ -62,7 +62,7 @@ class Checkpoints:
             draft.mkdir(parents=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(draft))
-        state = self.objective.rng_state()
+        state = None if self.objective is None else self.objective.rng_state()
         tensors = {} if state is None else {"generator": state}
         save_file(tensors, draft / _generator(accelerator.process_index))
         if accelerator.is_main_process and self.average is not None:
@@ -133,7 +133,8 @@ class Checkpoints:
             raise ValueError(
                 f"the checkpoint {str(place)!r} is damaged: {error}. Delete it to go on from the one before."
             ) from error
-        self.objective.set_rng_state(state, torch.device(self.accelerator.device))
+        if self.objective is not None:
+            self.objective.set_rng_state(state, torch.device(self.accelerator.device))
         return step
 
     def _found(self) -> list[Path]:
