@@ -15,6 +15,7 @@ NEEDED = (
     "perceptual_diffusion/assets/base/config.json",
     "perceptual_diffusion/assets/base/diffusion_pytorch_model.safetensors",
     "perceptual_diffusion/assets/efflite0/NOTICE.txt",
+    "perceptual_diffusion/assets/efflite0/classifier.safetensors",
     "perceptual_diffusion/assets/efflite0/model.safetensors",
     "perceptual_diffusion/assets/emoji/NOTICE.txt",
     "perceptual_diffusion/assets/emoji/OFL.txt",

@@ -13,7 +13,7 @@ import perceptual_diffusion
 ROOT = Path(perceptual_diffusion.__file__).parent
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
-CORE = [name for name in FILES if not name.startswith(("adapters", "cli", "inspection")) and name != "__init__"]
+CORE = [name for name in FILES if not name.startswith(("adapters", "cli", "inspection", "__"))]
 
 BASE = {"types", "_shapes"}
 MAY_IMPORT = {

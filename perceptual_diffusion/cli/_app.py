@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from perceptual_diffusion import __version__
+from perceptual_diffusion.cli import _app_tools
 from perceptual_diffusion.cli._errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -84,3 +85,24 @@ def inspect(
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML or JSON file: docs/cli.md lists its keys.")],
+    resume: Annotated[bool, typer.Option(help="Continue the run in the config's `out`.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the plan and the cost; write nothing.")] = False,
+) -> None:
+    """Fine-tune a pipeline of diffusers on a folder of pictures; `accelerate launch -m perceptual_diffusion train` on several devices."""
+    try:
+        from perceptual_diffusion.cli.train import run
+
+        finished = run(config, resume=resume, dry_run=dry_run)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if not finished:
+        raise typer.Exit(130)
+
+
+_app_tools.add(app)
