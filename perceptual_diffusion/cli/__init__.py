@@ -17,6 +17,6 @@ def main() -> None:
         if (error.name or "").split(".")[0] == "perceptual_diffusion":
             raise
         sys.exit(
-            f"the command needs {error.name!r}, which is not installed. Run `pip install 'perceptual-diffusion[demo]'`."
+            f"the command needs {error.name!r}, which is not installed. Run `pip install 'perceptual-diffusion[demo,train]'`."
         )
     app()

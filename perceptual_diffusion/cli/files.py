@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,24 @@ from torch import Tensor
 from perceptual_diffusion.cli._errors import UserError
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file, which takes the place of `path` if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -48,10 +54,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Save tensors and a JSON-able description as one safetensors file, whole or not at all."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write(path, save(flat, {"state": json.dumps(meta)}))
+    with _replacing(path) as temporary:
+        save_file(flat, temporary, {"state": json.dumps(meta)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
