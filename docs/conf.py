@@ -11,6 +11,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports diffusers
 
+from diffusers import UNet2DModel  # noqa: F401  (what it says while it is imported would stand on the first tutorial's page)
 from sphinx.application import Sphinx
 
 import perceptual_diffusion
@@ -47,6 +48,8 @@ if gallery:
         "examples_dirs": "tutorials",
         "gallery_dirs": "gallery",
         "filename_pattern": r"plot_",
+        "within_subsection_order": "FileNameSortKey",
+        "capture_repr": ("_repr_html_",),
         "within_subsection_order": "FileNameSortKey",
         "abort_on_example_error": True,
         "download_all_examples": False,

@@ -185,16 +185,18 @@ def _disturb(sample: Sample) -> Sample:
     def disturb(x: Tensor) -> Tensor:
         if not x.numel():
             return x
-        noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
-        return x.detach() + (x.detach().std(correction=0) + 0.1) * noise
+        noise = torch.empty_like(x).copy_(torch.randn(x.shape, generator=generator))  # laid out in memory as x is
+        return noise.mul_(x.detach().std(correction=0) + 0.1).add_(x.detach())
 
     return map_leaves(disturb, sample)
 
 
 def _only(index: int, changed: Any, sample: Any) -> Any:
-    """One sample changed, the others as they were."""
+    """One sample changed, the others as they were, laid out in memory as they were: else kernels may round otherwise."""
     if isinstance(sample, Tensor):
-        return torch.cat([sample[:index].detach(), changed[index : index + 1], sample[index + 1 :].detach()])
+        one = sample.detach().clone()
+        one[index] = changed[index]
+        return one
     if isinstance(sample, list):
         return [*sample[:index], changed[index], *sample[index + 1 :]]
     if isinstance(sample, dict):

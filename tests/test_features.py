@@ -32,6 +32,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion.features import locate
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 
 T = torch.tensor([0.3, 0.6, 0.8])
@@ -969,3 +970,18 @@ def test_an_error_of_the_model_leaves_no_hook():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         ModuleTeacher(model, layers=["blocks.1"], call=call)(normal(B, N, 4), T, TEXT)
     assert hooks(model) == []
+
+
+def test_the_passes_that_find_the_part_have_the_layout_in_memory_of_the_sample():
+    # kernels round otherwise for another layout: in bfloat16 by as much as would look like a change of the sample
+    sample = torch.randn(3, 4, 8, 8).to(memory_format=torch.channels_last)
+    weight, strides = torch.randn(4, 4, 1, 1), []
+
+    def run(x, select):
+        strides.append(x.stride())
+        return [select(torch.nn.functional.conv2d(x, weight), (x,), {})]
+
+    (parts,) = locate(run, sample, ["conv"])
+    assert parts[0].batch == 0
+    assert len(strides) > 2
+    assert set(strides) == {sample.stride()}
