@@ -3,9 +3,8 @@
     accelerate launch --mixed_precision bf16 examples/audio.py --out runs/sounds --data /usr/share/sonic-pi/samples
 
 --data is a folder of sounds, such as Debian's package sonic-pi-samples (165, most of them CC0); without it, notes are made up.
-The teacher is a copy of the model, so that has to be trained by MSE first: --model is such a UNet2DModel, like the `base` of
-another run; without it, a base is trained by MSE here for --base-steps. Writes into --out `base` and `model` (averaged weights);
-base.wav and model.wav, samples from the same noise in a row, with spectrograms; `logs` for tensorboard; `state`, for --resume.
+The teacher is a copy of an MSE-trained model: --model, the `base` of another run, or a base that is trained here for --base-steps.
+Writes `base` and `model` (averaged weights), base.wav and model.wav, samples from the same noise, with spectrograms; `logs`; `state`.
 """
 
 import argparse
@@ -136,12 +135,14 @@ def main(argv=None):
     try:
         model = UNet2DModel.from_pretrained(given) if given else UNet2DModel(block_out_channels=widths, **MODEL)
         data = read(options.data)
+        if given != base:
+            train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
+            model = UNet2DModel.from_pretrained(base)
+        train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+    except torch.OutOfMemoryError:
+        parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given != base:
-        train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
-        model = UNet2DModel.from_pretrained(base)
-    train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
     accelerator.end_training()
 
 

@@ -2,9 +2,8 @@
 
     accelerate launch --mixed_precision bf16 examples/dit.py --out runs/dit --data pictures --guidance 2
 
---data has a subfolder of pictures for each class; without it: emoji. The teacher is a copy of the model, so that has to be trained
-by MSE first: --model is the `base` of another run; without it a base is trained by MSE here for --base-steps. Writes into --out
-`base` and `model` (averaged weights), base.png and model.png (samples from the same noise), `logs`, and `state` for --resume.
+--data: a subfolder of pictures for each class, or emoji. The teacher is a copy of --model, the MSE-trained `base` of another run, or
+of one trained here for --base-steps. Writes `base`, `model` (averaged weights), their samples from the same noise, `logs`, `state`.
 """
 
 import argparse
@@ -74,10 +73,9 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     accelerator.init_trackers(f"logs/{name}")
-    monitor = Monitor(objective)
     checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, objective=objective, average=average)
     torch.manual_seed(options.seed + accelerator.process_index)  # of the classes left out
-    done, parts = checkpoints.load(), accelerator.gradient_accumulation_steps
+    done, parts, monitor = checkpoints.load(), accelerator.gradient_accumulation_steps, Monitor(objective)
     order = torch.Generator().manual_seed(options.seed)  # a resumed run draws what it would have drawn
     order = torch.randint(len(data.images), (steps, accelerator.num_processes, parts, options.batch), generator=order)
     for step in tqdm(range(done + 1, steps + 1), name, steps, initial=done, disable=accelerator.process_index > 0):
@@ -131,18 +129,20 @@ def main(argv=None):
     torch.manual_seed(options.seed)
     given = base if (base := options.out / "base").exists() else options.model
     try:
-        broken = folders.find_broken(folders.pictures(Path(options.data))) if options.data else ()
         data = datasets.load(options.data or "emoji").train
+        broken = folders.find_broken(folders.pictures(Path(options.data))) if options.data else ()
         print(f"{len(data)} pictures; {len(broken)} broken, left out: {', '.join(map(str, broken))}", file=sys.stderr)
         model = DiT.from_pretrained(given) if given else DiT(len(data.classes), options.width)
         if model.config.classes != len(data.classes):
             raise ValueError(f"the model knows {model.config.classes} classes, and `--data` has {len(data.classes)}.")
+        if given != base:
+            train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
+            model = DiT.from_pretrained(base)
+        train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+    except torch.OutOfMemoryError:
+        parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given != base:
-        train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
-        model = DiT.from_pretrained(base)
-    train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
     accelerator.end_training()
 
 

@@ -135,12 +135,14 @@ def main(argv=None):
         data = read(options.data)
         sigma_data = float((data / 127.5 - 1).std())
         model = Denoiser.from_pretrained(given) if given else Denoiser(widths, sigma_data)
+        if given != base:
+            train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
+            model = Denoiser.from_pretrained(base)
+        train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+    except torch.OutOfMemoryError:
+        parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given != base:
-        train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
-        model = Denoiser.from_pretrained(base)
-    train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
     accelerator.end_training()
 
 

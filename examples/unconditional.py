@@ -112,12 +112,16 @@ def main(argv=None):
     try:
         pipeline = DDIMPipeline.from_pretrained(given) if given else build(options.smoke)
         data = read(options.data, pipeline.unet.config.sample_size)
+        if given != base:
+            train(
+                "base", pipeline, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options
+            )
+            pipeline = DDIMPipeline.from_pretrained(base)
+        train("model", pipeline, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+    except torch.OutOfMemoryError:
+        parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given != base:
-        train("base", pipeline, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
-        pipeline = DDIMPipeline.from_pretrained(base)
-    train("model", pipeline, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
     accelerator.end_training()
 
 

@@ -132,12 +132,14 @@ def main(argv=None):
     try:
         model = UNet3DConditionModel.from_pretrained(given) if given else build(options.smoke)
         data = read(options.data)
+        if given != base:
+            train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
+            model = UNet3DConditionModel.from_pretrained(base)
+        train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+    except torch.OutOfMemoryError:
+        parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if given != base:
-        train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
-        model = UNet3DConditionModel.from_pretrained(base)
-    train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
     accelerator.end_training()
 
 
