@@ -17,9 +17,9 @@ from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
 class Run:
     """A short training, everything of it seeded but what a checkpoint has to bring back."""
 
-    def __init__(self, folder, seed=0, average=True):
+    def __init__(self, folder, seed=0, average=True, about="", width=6):
         torch.manual_seed(seed)
-        model = ConvNet()
+        model = ConvNet(width=width)
         self.objective = SelfPerceptualObjective.wrap(
             model, schedules.Linear(), prediction="flow_prediction", layers=["body"], seed=seed
         )
@@ -27,7 +27,7 @@ class Run:
         self.accelerator = Accelerator(cpu=True)
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
         self.checkpoints = adapters.Checkpoints(
-            self.accelerator, folder, objective=self.objective, average=self.average
+            self.accelerator, folder, objective=self.objective, average=self.average, about=about
         )
 
     def steps(self, first, last):
@@ -156,3 +156,25 @@ def test_a_run_without_an_objective_is_saved_too(tmp_path):
     run.checkpoints.objective = None
     run.checkpoints.save(4)
     assert run.checkpoints.load() == 4
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path):
+    Run(tmp_path, about="base a").checkpoints.save(1)
+    with pytest.raises(ValueError, match="is of 'base a', and this run of 'base b'"):
+        Run(tmp_path, about="base b").checkpoints.load()
+    assert Run(tmp_path, about="base a").checkpoints.load() == 1
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    Run(tmp_path).checkpoints.save(1)
+    with pytest.raises(ValueError, match="does not fit this run's model"):
+        Run(tmp_path, width=8).checkpoints.load()
+
+
+def test_what_a_kill_between_two_renames_left_does_not_stop_the_next_save(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoints.save(1)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000001.old")
+    run.checkpoints.save(1)
+    assert [x.name for x in tmp_path.iterdir()] == ["step-00000001"]
+    assert run.checkpoints.load() == 1

@@ -1,6 +1,7 @@
 """Folders of pictures: their captions and classes, what is left out, what is refused."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -163,3 +164,11 @@ def test_a_folder_without_pictures_or_that_is_none_is_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             folders.read(path, "nothing")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_a_pipe_among_the_pictures_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OSError, match="no regular file"):
+        folders.open_picture(tmp_path / "pipe.png")
+    assert list(folders.find_broken([tmp_path / "pipe.png"]).values()) == ["no regular file"]

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
+import accelerate
 import pipelines
 import pytest
 import torch
@@ -341,10 +343,62 @@ def test_a_state_of_another_run_or_a_damaged_one_is_refused(tmp_path, write_conf
         write_config(steps=2, lr=1e-2, objective={"mse_weight": 2.0}), "--resume"
     )
     (tmp_path / "data/0.png").unlink()
-    assert "with another pictures" in refused(write_config(steps=2), "--resume")
+    assert "with another data" in refused(write_config(steps=2), "--resume")
     state = tmp_path / "out/state/latest.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     assert "cannot be read" in refused(write_config(steps=2), "--resume")
+
+
+def test_a_run_does_not_go_on_with_another_teacher_or_other_captions(tmp_path, write_config):
+    first, second = (pipelines.write("sd", tmp_path / name / "model", seed) for seed, name in enumerate("ab"))
+    finished(write_config("sd", model=first, steps=1))
+    assert "is of a run with another model" in refused(write_config("sd", model=second, steps=2), "--resume")
+    captions = tmp_path / "data/metadata.jsonl"
+    kept = captions.read_text()
+    captions.write_text(kept.replace("red", "rose"))
+    assert "is of a run with another data" in refused(write_config("sd", model=first, steps=2), "--resume")
+    captions.write_text(kept)
+    moved = first.parent.rename(tmp_path / "moved") / "model"
+    finished(write_config("sd", model=moved, steps=2), "--resume")
+
+
+def test_a_launchers_environment_does_not_change_the_accumulation(tmp_path, write_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    finished(write_config(steps=2))
+    tensors = load_file(tmp_path / "out/state/latest.safetensors")
+    assert float(tensors["optimizer.0.step"]) == 2
+
+
+def test_a_run_in_float16_whose_steps_are_all_skipped_is_stopped(tmp_path, write_config, monkeypatch):
+    monkeypatch.setattr(tuning, "SKIPS", 2)
+    monkeypatch.setattr(tuning.Tuning, "check", lambda self: [])
+    monkeypatch.setattr(accelerate.Accelerator, "optimizer_step_was_skipped", True)
+    assert "the gradients of 2 steps were not finite" in refused(write_config(steps=3))
+
+
+def test_a_picture_that_breaks_during_a_run_ends_it_with_a_sentence(tmp_path, write_config, monkeypatch):
+    whole = tuning.Tuning.batches
+
+    def batches(self):
+        for path in (tmp_path / "data").rglob("*.png"):
+            path.write_bytes(b"no picture")
+        return whole(self)
+
+    monkeypatch.setattr(tuning.Tuning, "batches", batches)
+    for workers in (0, 1):
+        message = refused(write_config(workers=workers, out=f"out{workers}"))
+        assert message.startswith("error: the picture ")
+        assert "cannot be read any more" in message
+        shutil.rmtree(tmp_path / "data")
+
+
+def test_a_vae_decodes_in_float32_where_the_rest_is_in_half_precision(tmp_path, made):
+    loaded = loading.load(str(made("sd")))
+    seen = []
+    loaded.vae.decoder.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loaded.vae.decode(torch.zeros(1, 4, 4, 4, dtype=torch.bfloat16))
+    assert seen == [torch.float32]
 
 
 @pytest.mark.slow
@@ -444,7 +498,8 @@ def test_an_out_that_holds_something_is_refused(tmp_path, write_config):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("ddpm", {"resolution": 9}, "`resolution` is 9, expected a multiple of 2"),
+        ("sd", {"resolution": 9}, "`resolution` is 9, expected a multiple of"),
+        ("ddpm", {"resolution": 10}, "`resolution` is 10, and this pipeline draws 8 pixels"),
         ("ddpm", {"objective": {"layers": ["middle"]}}, "no module 'middle' in UNet2DModel"),
         ("ddpm", {"objective": {"t_range": [5, 2000]}}, "`t_range` is"),
         ("ddpm", {"lora_rank": 2}, "diffusers adds no LoRA layers to UNet2DModel"),

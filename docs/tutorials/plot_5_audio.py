@@ -104,13 +104,14 @@ held_out, train = spectra[::10], spectra[torch.arange(len(spectra)) % 10 > 0]
 
 def show(rows):
     """Draw rows of spectra, (N, 128, 32) each."""
-    _, axes = plt.subplots(len(rows), 8, figsize=(8, 1.3 * len(rows)), layout="constrained", squeeze=False)
-    for line, (name, x) in zip(axes, rows.items(), strict=True):
-        for ax in line:
+    figure = plt.figure(figsize=(8, 1.4 * len(rows)), layout="constrained")
+    for part, (name, x) in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows.items(), strict=True):
+        part.suptitle(name, x=0.01, ha="left", fontsize=10)
+        axes = part.subplots(1, 8)
+        for ax in axes:
             ax.axis("off")
-        for ax, spectrum in zip(line, x, strict=False):
+        for ax, spectrum in zip(axes, x, strict=False):
             ax.imshow(spectrum.numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1)
-        line[0].set_title(name, fontsize=10, loc="left")
 
 
 show({"training sounds: time to the right, 0 to 4 kHz upwards": train[::7]})

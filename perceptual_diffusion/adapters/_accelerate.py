@@ -27,6 +27,8 @@ class Checkpoints:
         folder: holds one folder per checkpoint, named "step-00001000".
         objective: whose generator is saved, if there is one: a base that is trained by MSE has none.
         average: averaged weights, such as a `torch.optim.swa_utils.AveragedModel`, saved by the main process.
+        about: what the run depends on beside its length, such as the names of its model and its data: the teacher is not
+            saved, and is another one where a run goes on from another model. A checkpoint of another `about` is refused.
         keep: how many checkpoints stay, the newest ones.
 
     Raises:
@@ -40,6 +42,7 @@ class Checkpoints:
         *,
         objective: SelfPerceptualObjective | None = None,
         average: nn.Module | None = None,
+        about: str = "",
         keep: int = 2,
     ) -> None:
         if accelerator.project_configuration.automatic_checkpoint_naming:
@@ -49,7 +52,7 @@ class Checkpoints:
         if not (isinstance(keep, int) and keep >= 1):
             raise ValueError(f"`keep` is {keep!r}, expected a whole number of at least 1.")
         self.accelerator, self.folder, self.keep = accelerator, Path(folder), keep
-        self.objective, self.average = objective, average
+        self.objective, self.average, self.about = objective, average, about
 
     def save(self, step: int) -> Path:
         """Save the run as it is after `step` steps. Every process calls this; the files are on a disk that all of them see."""
@@ -74,12 +77,13 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = {str(x.relative_to(draft)): x.stat().st_size for x in sorted(draft.rglob("*")) if x.is_file()}
-            about = {"step": step, "processes": accelerator.num_processes, "files": files}
+            about = {"step": step, "processes": accelerator.num_processes, "about": self.about, "files": files}
             (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+            shutil.rmtree(old := draft.with_suffix(".old"), ignore_errors=True)
             if place.exists():
-                os.replace(place, old := draft.with_suffix(".old"))
-                shutil.rmtree(old)
+                os.replace(place, old)
             os.replace(draft, place)
+            shutil.rmtree(old, ignore_errors=True)
             for older in self._found()[: -self.keep]:
                 shutil.rmtree(older)
         accelerator.wait_for_everyone()
@@ -122,10 +126,15 @@ class Checkpoints:
             raise ValueError(
                 f"the checkpoint {str(place)!r} was saved by {processes} processes, and this run has {here}."
             )
+        if about.get("about") != self.about:
+            raise ValueError(
+                f"the checkpoint {str(place)!r} is of {about.get('about')!r}, and this run of {self.about!r}. "
+                "Use the same, or another folder."
+            )
         if ("average.safetensors" in files) != (self.average is not None):
             raise ValueError(f"the checkpoint {str(place)!r} and this run differ in whether weights are averaged.")
-        self.accelerator.load_state(str(place))
         try:
+            self.accelerator.load_state(str(place))
             state = load_file(place / _generator(self.accelerator.process_index)).get("generator")
             if self.average is not None:
                 self.average.load_state_dict(load_file(place / "average.safetensors"))
@@ -133,6 +142,8 @@ class Checkpoints:
             raise ValueError(
                 f"the checkpoint {str(place)!r} is damaged: {error}. Delete it to go on from the one before."
             ) from error
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"the checkpoint {str(place)!r} does not fit this run's model: {error}") from error
         if self.objective is not None:
             self.objective.set_rng_state(state, torch.device(self.accelerator.device))
         return step

@@ -95,10 +95,12 @@ def open_picture(path: Path) -> Any:
     """Open a picture as RGB, upright, on white, with 8 bits per pixel.
 
     Raises:
-        OSError, ValueError, SyntaxError: it is broken, or `Image.DecompressionBombError`.
+        OSError, ValueError, SyntaxError: it is broken or no regular file, or `Image.DecompressionBombError`.
     """
     from PIL import Image, ImageOps
 
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise OSError("no regular file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on metadata of a picture
         with Image.open(path) as image:
@@ -113,8 +115,6 @@ def find_broken(paths: list[Path], progress: Callable[[], None] | None = None) -
         from PIL import Image
 
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                return path, "no regular file"
             open_picture(path)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return path, str(error).replace(str(path), path.name) or type(error).__name__

@@ -6,6 +6,7 @@ Captions are encoded by the pipeline's own `encode_prompt`; weights are read fro
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class Pipeline:
     """A pipeline of diffusers whose denoiser is trained. The methods of this class are those of latent text-to-image."""
 
     wanted: Wanted = "captions"
+    fixed = False
+    """Whether the pipeline draws pictures of one size only."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -66,6 +69,7 @@ class Pipeline:
                 part.requires_grad_(part is self.denoiser).eval()
         if self.vae is not None:
             self.vae.float()  # half precision overflows in some
+            self.vae.decode = _whole(self.vae.decode)
         pipeline.set_progress_bar_config(disable=True)
 
     @property
@@ -88,6 +92,10 @@ class Pipeline:
         own = config.get("sample_size") or getattr(self.pipeline, "default_sample_size", None)
         own = own[0] if isinstance(own, list | tuple) else own
         unit = self.factor * (2 ** (len(config["block_out_channels"]) - 1) if self.part == "unet" else self._patch())
+        if self.fixed and asked and own and asked != own * self.factor:
+            raise UserError(
+                f"`resolution` is {asked}, and this pipeline draws {own * self.factor} pixels. Leave it out."
+            )
         if not (side := asked or (own or 0) * self.factor):
             raise UserError("`resolution` is 0, and the model does not say its own. Set it, in pixels.")
         if side % unit:
@@ -143,6 +151,7 @@ class Pixels(Pipeline):
     """An unconditional model of pixels: DDPM, DDIM."""
 
     wanted: Wanted = "nothing"
+    fixed = True
 
     def clean(self, pixels: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         return pixels
@@ -159,6 +168,7 @@ class Classes(Pipeline):
     """A latent model of classes: DiT."""
 
     wanted: Wanted = "classes"
+    fixed = True
 
     def __init__(self, pipeline: Any) -> None:
         super().__init__(pipeline)
@@ -244,6 +254,16 @@ class Flux(Pipeline):
         text = clean.new_zeros(rows["encoder_hidden_states"].shape[1], 3)
         told = {"guidance": clean.new_full((len(clean),), GUIDANCE)} if self.denoiser.config.guidance_embeds else {}
         return {**rows, "img_ids": places, "txt_ids": text, **told}
+
+
+def _whole(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a VAE decode in float32 where its pipeline runs in mixed precision."""
+
+    def run(latents: Tensor, *args: Any, **given: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *args, **given)
+
+    return run
 
 
 KINDS: dict[str, type[Pipeline]] = {

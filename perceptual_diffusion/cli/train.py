@@ -93,6 +93,7 @@ def _accelerator(config: Config) -> Any:
         raise UserError(
             f"`precision` is {training.precision!r}, which cannot be used here: {error}. Use 'no' or 'bf16'."
         ) from error
+    accelerator.gradient_accumulation_steps = training.accumulate  # a launcher's environment would go before it
     sharded = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if accelerator.distributed_type in sharded:
         raise UserError(f"accelerate is set to {accelerator.distributed_type.value}; `train` keeps whole weights in each process. Use plain multi-GPU.")  # fmt: skip

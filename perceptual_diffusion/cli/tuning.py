@@ -1,5 +1,6 @@
 """The loop of `perceptual-diffusion train`: inputs, steps, averaged weights, and a state that goes on to the bit on a CPU."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from perceptual_diffusion.cli.pipelines import Batch, Pipeline
 from perceptual_diffusion.cli.student import wrap
 
 MADE_BY = "perceptual-diffusion train"
+SKIPS = 20
+"""After so many steps in a row without a finite gradient, a run in float16 is stopped."""
 
 
 class Tuning:
@@ -44,6 +47,7 @@ class Tuning:
         with torch.no_grad():
             texts = [item.text for item in folder.items]
             self.captions = Captions(loaded, texts, training.batch) if loaded.wanted == "captions" else None
+        self.base = _digest(loaded.denoiser)
         self.objective = wrap(config, loaded)
         self.monitor = Monitor(self.objective)
         self.names, self.trained = zip(
@@ -54,7 +58,7 @@ class Tuning:
         self.model, self.optimizer = accelerator.prepare(loaded.denoiser, optimizer)
         self.draws = torch.Generator().manual_seed((training.seed << 32) + 1 + accelerator.process_index)
         torch.manual_seed((training.seed << 32) + 1 + accelerator.process_index)  # dropout
-        self.done = 0
+        self.done = self.skipped = 0
         self.last: tuple[Tensor, dict[str, Any]] | None = None
 
     def inputs(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -114,7 +118,7 @@ class Tuning:
         for group in self.optimizer.param_groups:
             group["lr"] = training.lr * min(1.0, (self.done + 1) / max(1, training.warmup))
         for _ in range(training.accumulate):
-            self.last = clean, cond = self.inputs(next(batches))
+            self.last = clean, cond = self.inputs(_next(batches))
             with accelerator.accumulate(self.model):
                 try:
                     with accelerator.autocast():
@@ -129,6 +133,11 @@ class Tuning:
                         raise UserError(f"the gradient of step {self.done + 1} is not finite. Use a smaller `lr`.")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        self.skipped = self.skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if self.skipped == SKIPS:
+            raise UserError(
+                f'the gradients of {SKIPS} steps were not finite. Use a smaller `lr`, or `precision` = "bf16".'
+            )
         self.average.update_parameters(nn.ParameterList(self.trained))
         self.done += 1
 
@@ -160,12 +169,15 @@ class Tuning:
         free = {"steps", "workers", "log_every", "sample_every", "checkpoint_every"}
         training = {name: value for name, value in vars(self.config.training).items() if name not in free}
         objective = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.config.objective).items()}
-        counts = {"pictures": len(self.folder.items), "processes": self.accelerator.num_processes}
+        data, root = hashlib.sha256(repr(self.folder.classes).encode()), Path(self.config.data)
+        for item in self.folder.items:
+            data.update(repr((item.path.relative_to(root).as_posix(), item.text, item.label)).encode())
         return {
-            "model": Path(self.config.model).name,
+            "model": self.base,  # the teacher's weights; a folder may be moved
+            "data": data.hexdigest(),
             **training,
             **objective,
-            **counts,
+            "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
         }
 
@@ -241,6 +253,22 @@ class Tuning:
         self.objective.set_rng_state(t_prime.clone(), device)
         if cuda:
             torch.cuda.set_rng_state(rest[0].clone(), device)
+
+
+def _digest(model: nn.Module) -> str:
+    """Tell models apart by some thousand values of each weight."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        some = value.detach().flatten()[:: max(1, value.numel() // 1024)].float().cpu()
+        digest.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _next(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except UserError as error:  # of a process that reads pictures, with its traceback in the message
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
