@@ -475,7 +475,10 @@ def test_a_model_that_cannot_be_trained_is_refused(tmp_path, write_config):
         assert "is not among the known classes" in refused(
             write_config(model=index_of(tmp_path / f"{number}", unet=given))
         )
-    assert "cannot be loaded" in refused(write_config(model=index_of(tmp_path / "bare")))
+    (tmp_path / "captioned").mkdir()
+    pipelines.pictures(tmp_path / "captioned/data")
+    bare = write_config(model=index_of(tmp_path / "bare"), data=tmp_path / "captioned/data")
+    assert "cannot be loaded" in refused(bare)
     assert not (tmp_path / "out").exists()
 
 
@@ -528,4 +531,9 @@ def test_a_model_of_captions_is_not_given_bare_pictures(tmp_path, write_config):
 def test_an_inpainting_unet_is_refused(tmp_path, write_config):
     folder = pipelines.write("sd", tmp_path / "inpainting")
     conditional_unet(in_channels=9).save_pretrained(folder / "unet")
-    assert "the unet takes 9 channels, and the latents have 4" in refused(write_config(model=folder, data="x"))
+    assert "the unet takes 9 channels, and the latents have 4" in refused(write_config("sd", model=folder))
+
+
+def test_the_data_are_looked_at_before_the_model_is_loaded(tmp_path, write_config, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *given: pytest.fail("the model was loaded"))
+    assert "there is no folder" in refused(write_config("sd", data="none"))

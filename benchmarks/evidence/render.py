@@ -89,7 +89,7 @@ def verdict(rows: Sequence[Row]) -> str:
             found = ratio(mine, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
             if found:
                 lines.append(f"| {base} | {metric} | {found[0]:.3f} | {found[1]:.3f} – {found[2]:.3f} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
 def fill(text: str, rows: Sequence[Row]) -> str:
@@ -98,7 +98,8 @@ def fill(text: str, rows: Sequence[Row]) -> str:
     Raises:
         ValueError: there are rows of a table that the text has no place for.
     """
-    made = {f"table {number}": table(rows, number) for number in sorted({row["table"] for row in rows})}
+    made = dict.fromkeys(re.findall(r"<!-- (table \w+) -->", text), "Not measured yet.")
+    made |= {f"table {number}": table(rows, number) for number in sorted({row["table"] for row in rows})}
     made["verdict"] = verdict(rows)
     for name, content in made.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)

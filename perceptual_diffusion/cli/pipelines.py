@@ -288,16 +288,7 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Pipeline:
     Raises:
         UserError: it cannot be found or read, or is of another class.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute():
-            raise UserError(
-                f"`model` is {name!r}, and there is no such folder. Give a pipeline's folder, or its hub id."
-            )
-        folder = loading._download(name, ["model_index.json"])
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{str(folder)!r} holds no model_index.json. Give the folder of a diffusers pipeline.")
-    cls, absent = _checked(folder / "model_index.json")
+    folder, cls, absent = _find(name)
     files = [path.name for part in loading.DENOISERS for path in (folder / part).glob("*.safetensors")]
     half = "fp16" if files and all(".fp16" in file for file in files) else None
     try:
@@ -312,6 +303,29 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> Pipeline:
     loaded = KINDS[cls.__name__](pipeline)
     _check_parts(loaded)
     return loaded
+
+
+def wanted(name: str) -> Wanted:
+    """Give what the pipeline needs beside pictures, without loading it.
+
+    Raises:
+        UserError: it cannot be found, or is of another class.
+    """
+    return KINDS[_find(name)[1].__name__].wanted
+
+
+def _find(name: str) -> tuple[Path, Any, dict[str, None]]:
+    """The folder of a pipeline, or of the description that was downloaded, its class, and the components it leaves out."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute():
+            raise UserError(
+                f"`model` is {name!r}, and there is no such folder. Give a pipeline's folder, or its hub id."
+            )
+        folder = loading._download(name, ["model_index.json"])
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{str(folder)!r} holds no model_index.json. Give the folder of a diffusers pipeline.")
+    return folder, *_checked(folder / "model_index.json")
 
 
 def _checked(path: Path) -> tuple[Any, dict[str, None]]:

@@ -140,11 +140,12 @@ class _Run:
         """Do all of it."""
         training = self.config.training
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.precision, torch.float32)
-        loaded = pipelines.load(self.config.model, half if training.lora_rank else torch.float32)
-        with self.console.status("reading the pictures"):
-            folder = folders.read(Path(self.config.data), loaded.wanted)
+        wanted = pipelines.wanted(self.config.model)
+        with self.console.status("reading the pictures"):  # before the model, which takes longer
+            folder = folders.read(Path(self.config.data), wanted)
         self._say_left_out(folder)
         self.stop.check()
+        loaded = pipelines.load(self.config.model, half if training.lora_rank else torch.float32)
         tuning = Tuning(self.config, loaded, folder, self.accelerator)
         if dry_run:
             self.accelerator.print(plan(self.config, tuning, tuning.check()))
