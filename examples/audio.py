@@ -8,7 +8,6 @@ Writes `base` and `model` (averaged weights), base.wav and model.wav, samples fr
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
@@ -71,22 +70,24 @@ def to_sound(sample):
 
 
 def train(name, model, data, steps, lr, recipe, accelerator, options):
-    """Train an MSE-trained or new model, from the newest checkpoint on, and write it and its samples."""
     model = model.to(accelerator.device).train()  # the teacher is a copy of it as it is now, before `prepare` wraps it
     objective = SelfPerceptualObjective.wrap(model, SCHEDULER, seed=options.seed, mse_weight=1.0, **recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     accelerator.init_trackers(f"logs/{name}")
-    monitor = Monitor(objective)
-    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, objective=objective, average=average)
-    done, parts = checkpoints.load(), accelerator.gradient_accumulation_steps
+    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}, lr {lr}"
+    kept = {"objective": objective, "average": average, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, **kept)
+    done, parts, monitor = checkpoints.load(), accelerator.gradient_accumulation_steps, Monitor(objective)
     order = torch.Generator().manual_seed(options.seed)  # a resumed run draws what it would have drawn
     order = torch.randint(len(data), (steps, accelerator.num_processes, parts, options.batch), generator=order)
     for step in tqdm(range(done + 1, steps + 1), name, steps, initial=done, disable=accelerator.process_index > 0):
         for index in order[step - 1, accelerator.process_index]:
             clean = to_model(data[index]).to(accelerator.device)
             with accelerator.accumulate(student):
-                accelerator.backward(objective(student, clean))
+                with accelerator.autocast():  # of the teacher: the student has its own
+                    loss = objective(student, clean)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -94,7 +95,8 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
             monitor.update()
         average.update_parameters(model)
         if step % options.every == 0 or step == steps:
-            accelerator.log(monitor.pop() | monitor.features(clean), step)
+            with accelerator.autocast():
+                accelerator.log(monitor.pop() | monitor.features(clean), step)
             checkpoints.save(step)
     accelerator.free_memory(), accelerator.trackers.clear()
     accelerator.on_main_process(write)(name, average.module.eval(), options)
@@ -108,11 +110,9 @@ def write(name, model, options):
     SCHEDULER.set_timesteps(options.sampling)
     for t in tqdm(SCHEDULER.timesteps, "samples"):
         x = SCHEDULER.step(model(x, t).sample, t, x).prev_sample
-    soundfile.write(file := io.BytesIO(), to_sound(x.cpu()).clamp(-1, 1).flatten().numpy(), RATE, format="WAV")
-    files.write(options.out / f"{name}.wav", file.getvalue())
+    soundfile.write(options.out / f"{name}.wav", to_sound(x.cpu()).clamp(-1, 1).flatten().numpy(), RATE)
     loud = make_grid(pixel_shuffle(x.cpu(), 4).norm(dim=1, keepdim=True).flip(2) / 4, pad_value=1)[0]
-    plt.imsave(file := io.BytesIO(), loud.numpy(), cmap="magma", vmin=0, vmax=1)
-    files.write(options.out / f"{name}.png", file.getvalue())
+    plt.imsave(options.out / f"{name}.png", loud.numpy(), cmap="magma", vmin=0, vmax=1)
     files.write_folder(options.out / name, model.save_pretrained)
 
 

@@ -7,7 +7,6 @@ of one trained here for --base-steps. Writes `base`, `model` (averaged weights),
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
@@ -66,14 +65,15 @@ class DiT(ModelMixin, ConfigMixin):
 
 
 def train(name, model, data, steps, lr, recipe, accelerator, options):
-    """Train an MSE-trained or new model, from the newest checkpoint on, and write it and its samples."""
     model = model.to(accelerator.device).train()  # the teacher is a copy of it as it is now, before `prepare` wraps it
     recipe = recipe | {"prediction": "flow_prediction", "mse_weight": 1.0, "seed": options.seed}
     objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), **recipe)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)).requires_grad_(False)
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     accelerator.init_trackers(f"logs/{name}")
-    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, objective=objective, average=average)
+    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}, lr {lr}"
+    kept = {"objective": objective, "average": average, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, **kept)
     torch.manual_seed(options.seed + accelerator.process_index)  # of the classes left out
     done, parts, monitor = checkpoints.load(), accelerator.gradient_accumulation_steps, Monitor(objective)
     order = torch.Generator().manual_seed(options.seed)  # a resumed run draws what it would have drawn
@@ -81,10 +81,11 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
     for step in tqdm(range(done + 1, steps + 1), name, steps, initial=done, disable=accelerator.process_index > 0):
         for index in order[step - 1, accelerator.process_index]:
             clean = data.images[index].to(accelerator.device) / 127.5 - 1
-            labels = data.labels[index].where(torch.rand(len(index)) > 0.1, len(data.classes))  # the last: none
-            cond = {"labels": labels.to(accelerator.device)}
+            labels = data.labels[index].where(torch.rand(len(index)) > 0.1, len(data.classes)).to(accelerator.device)
             with accelerator.accumulate(student):
-                accelerator.backward(objective(student, clean, cond=cond))
+                with accelerator.autocast():  # of the teacher: the student has its own
+                    loss = objective(student, clean, cond={"labels": labels})
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -92,24 +93,23 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
             monitor.update()
         average.update_parameters(model)
         if step % options.every == 0 or step == steps:
-            accelerator.log(monitor.pop() | monitor.features(clean, cond=cond), step)
+            with accelerator.autocast():
+                accelerator.log(monitor.pop() | monitor.features(clean, cond={"labels": labels}), step)
             checkpoints.save(step)
     accelerator.free_memory(), accelerator.trackers.clear()
     accelerator.on_main_process(write)(name, average.module.eval(), options)
     accelerator.wait_for_everyone()
 
 
-@torch.no_grad()
 def write(name, model, options):
     """Write a model, and what it makes of each class from the noise of the seed, by Euler's method."""
     labels = torch.arange(model.config.classes).repeat(options.samples).to(model.device)
-    labels = torch.cat([labels, torch.full_like(labels, model.config.classes)])
+    labels = torch.cat([torch.full_like(labels, model.config.classes), labels])  # none, then each class
     x = torch.randn(len(labels) // 2, 3, 32, 32, generator=torch.manual_seed(options.seed)).to(model.device)
     for t in tqdm(torch.linspace(1, 0, options.sampling + 1)[:-1].to(model.device), "samples"):
-        velocity, free = model(x.repeat(2, 1, 1, 1), t.expand(len(labels)), labels).chunk(2)
-        x = x - (free + options.guidance * (velocity - free)) / options.sampling
-    save_image(x, file := io.BytesIO(), "png", nrow=model.config.classes, normalize=True, value_range=(-1, 1))
-    files.write(options.out / f"{name}.png", file.getvalue())
+        velocities = model(torch.cat([x, x]), t.expand(len(labels)), labels).chunk(2)
+        x = x - torch.lerp(*velocities, options.guidance) / options.sampling
+    save_image(x, options.out / f"{name}.png", nrow=model.config.classes, normalize=True, value_range=(-1, 1))
     files.write_folder(options.out / name, model.save_pretrained)
 
 

@@ -74,21 +74,25 @@ def train(options):
 
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model.train(), torch.optim.AdamW(model.parameters(), lr=options.lr))
-    checkpoints = adapters.Checkpoints(accelerator, options.out / "checkpoints", objective=objective, average=average)
+    source = f"model {options.model!r}, data {options.data!r}"
+    about = f"{source}, batch {options.batch}, seed {options.seed}, lr {options.lr}"
+    kept = {"objective": objective, "average": average, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, options.out / "checkpoints", **kept)
     done, monitor = checkpoints.load(), Monitor(objective)
     data = batches(pictures, options.batch, options.seed + 1000 * accelerator.process_index, done)
     for step in tqdm(
         range(done + 1, options.steps + 1), initial=done, total=options.steps, disable=not accelerator.is_main_process
     ):
         images, labels = (part.to(accelerator.device) for part in next(data))
-        clean = datasets.to_model(images)
+        clean, cond = datasets.to_model(images), {"class_labels": labels}
         noise = torch.randn_like(clean)
         timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
         noisy = noise_scheduler.add_noise(clean, noise, timesteps)
         model_pred = student(noisy, timesteps, labels).sample
 
         # before: loss = F.mse_loss(model_pred, noise_scheduler.get_velocity(clean, noise, timesteps))
-        loss = objective.loss(model_pred, clean=clean, noise=noise, t=timesteps, cond={"class_labels": labels})  # (3)
+        with accelerator.autocast():  # for the teacher in mixed precision: the student has its own
+            loss = objective.loss(model_pred, clean=clean, noise=noise, t=timesteps, cond=cond)  # (3)
 
         optimizer.zero_grad()
         accelerator.backward(loss)
@@ -97,7 +101,8 @@ def train(options):
         average.update_parameters(model)
         monitor.update()
         if step % EVERY == 0 or step == options.steps:
-            accelerator.log(monitor.pop() | monitor.features(clean, cond={"class_labels": labels}), step)
+            with accelerator.autocast():
+                accelerator.log(monitor.pop() | monitor.features(clean, cond=cond), step)
             checkpoints.save(step)
 
     if accelerator.is_main_process:

@@ -4,13 +4,11 @@
 
 --data is a folder of pictures, seen at 32 x 32; without it, the packaged emoji. Preconditioning, ln sigma ~ N(-1.2, 1.2^2), the
 weight of the loss and Heun's sampler are those of Karras et al. 2022; the objective is one more term, of the same prediction.
-The teacher is a copy of the model, so that has to be trained by EDM's loss first: --model is the `base` of another run; without
-it, a base is trained here for --base-steps. Writes into --out `base` and `model` (averaged weights); base.png and model.png,
-samples from the same noise; `logs` for tensorboard; and `state`, from which --resume goes on. --smoke: seconds, a tiny model.
+The teacher is a copy of a model that EDM's loss trained: --model, the `base` of another run, or one that is trained here for
+--base-steps. Writes `base` and `model` (averaged weights), their samples from the same noise, `logs`, and `state` for --resume.
 """
 
 import argparse
-import io
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -70,10 +68,11 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     accelerator.init_trackers(f"logs/{name}")
-    monitor = Monitor(objective)
-    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, objective=objective, average=average)
+    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}, lr {lr}"
+    kept = {"objective": objective, "average": average, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, **kept)
     torch.manual_seed(options.seed + accelerator.process_index)  # of noise and sigma
-    done, parts = checkpoints.load(), accelerator.gradient_accumulation_steps
+    done, parts, monitor = checkpoints.load(), accelerator.gradient_accumulation_steps, Monitor(objective)
     order = torch.Generator().manual_seed(options.seed)  # a resumed run draws what it would have drawn
     order = torch.randint(len(data), (steps, accelerator.num_processes, parts, options.batch), generator=order)
     for step in tqdm(range(done + 1, steps + 1), name, steps, initial=done, disable=accelerator.process_index > 0):
@@ -84,7 +83,9 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
                 denoised = student(objective.add_noise(clean, noise, sigma), sigma)
                 weight = 1 / sigma**2 + 1 / model.config.sigma_data**2
                 edm = (weight * (denoised - clean).square().mean((1, 2, 3))).mean()
-                accelerator.backward(edm + objective.loss(denoised, clean=clean, noise=noise, t=sigma))
+                with accelerator.autocast():  # of the teacher: the student has its own, and EDM's weights need none
+                    loss = objective.loss(denoised, clean=clean, noise=noise, t=sigma)
+                accelerator.backward(edm + loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -92,7 +93,8 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
             monitor.update()
         average.update_parameters(model)
         if step % options.every == 0 or step == steps:
-            accelerator.log(monitor.pop() | monitor.features(clean), step)
+            with accelerator.autocast():
+                accelerator.log(monitor.pop() | monitor.features(clean), step)
             checkpoints.save(step)
     accelerator.free_memory(), accelerator.trackers.clear()
     accelerator.on_main_process(write)(name, average.module.eval(), options)
@@ -110,8 +112,7 @@ def write(name, model, options):
         if after > 0:
             slope = (slope + (ahead - model(ahead, after.expand(len(x)))) / after) / 2
         x = x + (after - sigma) * slope
-    save_image(x, file := io.BytesIO(), "png", nrow=8, normalize=True, value_range=(-1, 1))
-    files.write(options.out / f"{name}.png", file.getvalue())
+    save_image(x, options.out / f"{name}.png", nrow=8, normalize=True, value_range=(-1, 1))
     files.write_folder(options.out / name, model.save_pretrained)
 
 
@@ -133,8 +134,7 @@ def main(argv=None):
     widths = (16, 32, 32) if options.smoke else (64, 128, 192)
     try:
         data = read(options.data)
-        sigma_data = float((data / 127.5 - 1).std())
-        model = Denoiser.from_pretrained(given) if given else Denoiser(widths, sigma_data)
+        model = Denoiser.from_pretrained(given) if given else Denoiser(widths, float((data / 127.5 - 1).std()))
         if given != base:
             train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
             model = Denoiser.from_pretrained(base)

@@ -10,10 +10,10 @@ scheduler_config.json says zero terminal SNR, v-prediction, trailing. `perceptua
 """
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -24,24 +24,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from perceptual_diffusion import Monitor, SelfPerceptualObjective, adapters
+from perceptual_diffusion.cli import folders
 from perceptual_diffusion.cli.files import write_folder
 
 
-def captioned(folder):
-    """Give (path, caption) of each picture that can be read, and say which cannot."""
-    rows, good, broken = datasets.load_dataset("imagefolder", data_dir=folder, split="train", streaming=True), [], []
-    for row in tqdm(rows.cast_column("image", datasets.Image(decode=False)), desc="reading pictures"):
-        path = row["image"]["path"]
-        try:
-            with Image.open(path) as image:
-                image.convert("RGB")
-            good.append((path, row.get("text") or ""))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            broken.append(Path(path).name)
-    tqdm.write(f"{len(good)} pictures; {len(broken)} cannot be read and are skipped: {', '.join(broken[:9]) or '-'}")
-    if not any(caption for _, caption in good):
-        raise ValueError(f"{folder!r} has {len(good)} readable pictures and no captions. Add a metadata.jsonl to it.")
-    return good
+def captioned(folder, model):
+    """Give (path, caption) of each picture that can be used, and name the others; a missing model is refused before that."""
+    if not Path(model).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise ValueError(f"there is no folder {model!r}. Give a pipeline's folder, or its hub id.")
+    found = folders.read(Path(folder), "captions")
+    tqdm.write("\n".join([f"{len(found.items)} pictures; left out: {len(found.left_out)}", *found.left_out]))
+    return [(str(item.path), item.text) for item in found.items]
 
 
 def load(rows, size, seed, places):
@@ -59,7 +52,7 @@ def load(rows, size, seed, places):
 def train(options, out):
     accelerator = Accelerator(log_with="tensorboard", project_dir=out, gradient_accumulation_steps=options.accumulate)
     torch.manual_seed(options.seed + accelerator.process_index)
-    rows = captioned(options.data)
+    rows = captioned(options.data, options.model)
     pipe = DiffusionPipeline.from_pretrained(options.model, use_safetensors=True, safety_checker=None)
     if not isinstance(pipe.to(accelerator.device), StableDiffusionPipeline):
         raise ValueError(f"{options.model!r} is a {type(pipe).__name__}, expected a StableDiffusionPipeline.")
@@ -74,7 +67,9 @@ def train(options, out):
     model, optimizer = accelerator.prepare(unet.train(), torch.optim.AdamW(unet.parameters(), lr=options.lr))
     accelerator.init_trackers("tensorboard")
     monitor = Monitor(objective)
-    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=ema)
+    source = "smoke" if options.smoke else f"model {options.model!r}, data {options.data!r}"
+    about = f"{source}, batch {options.batch} x {options.accumulate}, seed {options.seed}, lr {options.lr}"
+    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=ema, about=about)
     step = checkpoints.load() if options.resume else 0
     share = options.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
     places, read = range(step * share, options.steps * share), partial(load, rows, size, options.seed)
@@ -84,8 +79,7 @@ def train(options, out):
     def sample():
         prompts, steps = [caption for _, caption in rows[:8]], 3 if options.smoke else 25
         generator = torch.Generator().manual_seed(options.seed)
-        with accelerator.autocast():
-            images = pipe(prompts, size, size, steps, guidance_scale=1.0, generator=generator).images
+        images = pipe(prompts, size, size, steps, guidance_scale=1.0, generator=generator).images
         Image.fromarray(np.hstack(images)).save(draft := out / "samples.tmp", "PNG")
         draft.replace(out / f"samples-{step:06d}.png")
 
@@ -93,10 +87,10 @@ def train(options, out):
         sample()
     for pixels, captions in tqdm(loader, desc="training", disable=not accelerator.is_main_process):
         with accelerator.accumulate(model):
+            with torch.no_grad():  # the VAE in float32: in half precision some overflow
+                latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+                cond = {"encoder_hidden_states": pipe.encode_prompt(captions, pixels.device, 1, False)[0]}
             with accelerator.autocast():
-                with torch.no_grad():
-                    latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-                    cond = {"encoder_hidden_states": pipe.encode_prompt(captions, pixels.device, 1, False)[0]}
                 loss = objective(model, latents, cond=cond)
             monitor.update()
             accelerator.backward(loss)

@@ -29,7 +29,7 @@ from perceptual_diffusion.cli.files import write_folder
 def train(options, out):
     accelerator = Accelerator(log_with="tensorboard", project_dir=out)
     torch.manual_seed(options.seed + accelerator.process_index)
-    rows = captioned(options.data)
+    rows = captioned(options.data, options.model)
     pipe = DiffusionPipeline.from_pretrained(options.model, use_safetensors=True, safety_checker=None)
     if not isinstance(pipe.to(accelerator.device), StableDiffusionPipeline):
         raise ValueError(f"{options.model!r} is a {type(pipe).__name__}, expected a StableDiffusionPipeline.")
@@ -47,7 +47,10 @@ def train(options, out):
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # what is trained goes in by itself
     accelerator.init_trackers("tensorboard")
     monitor = Monitor(objective)
-    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=trained)
+    source = "smoke" if options.smoke else f"model {options.model!r}, data {options.data!r}"
+    about = f"{source}, batch {options.batch}, seed {options.seed}, lr {options.lr}"
+    kept = {"objective": objective, "average": trained, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", **kept)
     step = checkpoints.load() if options.resume else 0
     share = options.batch * accelerator.num_processes
     places, read = range(step * share, options.steps * share), partial(load, rows, size, options.seed)
@@ -57,18 +60,17 @@ def train(options, out):
     def sample():
         prompts, steps = [caption for _, caption in rows[:8]], 3 if options.smoke else 25
         generator = torch.Generator().manual_seed(options.seed)
-        with accelerator.autocast():
-            images = pipe(prompts, size, size, steps, guidance_scale=1.0, generator=generator).images
+        images = pipe(prompts, size, size, steps, guidance_scale=1.0, generator=generator).images
         Image.fromarray(np.hstack(images)).save(draft := out / "samples.tmp", "PNG")
         draft.replace(out / f"samples-{step:06d}.png")
 
     if accelerator.is_main_process and not step:
         sample()
     for pixels, captions in tqdm(loader, desc="training", disable=not accelerator.is_main_process):
+        with torch.no_grad():  # the VAE in float32: in half precision some overflow
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            cond = {"encoder_hidden_states": pipe.encode_prompt(captions, pixels.device, 1, False)[0]}
         with accelerator.autocast():
-            with torch.no_grad():
-                latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-                cond = {"encoder_hidden_states": pipe.encode_prompt(captions, pixels.device, 1, False)[0]}
             loss = objective(model, latents, cond=cond)
         monitor.update()
         accelerator.backward(loss)

@@ -3,10 +3,9 @@
     accelerate launch --mixed_precision bf16 examples/sd3_flux.py --model MODEL --data PICTURES --out runs/sd3
     python examples/sd3_flux.py --smoke --out runs/smoke      # tiny, offline, random weights; Flux: --smoke --model flux
 
-MODEL is a directory of diffusers or a hub id; its model_index.json says which of the two it is. PICTURES is a folder as image.py
-reads it. Times are drawn logit-normal and moved by the scheduler's shift. A Flux with a guidance embedding is trained and sampled
-at guidance 3.5. Written to --out: samples from the same noise, tensorboard/, checkpoints/ and lora/ (averaged), for
-`pipeline.load_lora_weights`; with --full all weights train against a frozen copy, and model/ is the pipeline.
+MODEL is a directory of diffusers or a hub id of either, PICTURES a folder as image.py reads it. Times are drawn logit-normal and
+moved by the scheduler's shift. A Flux with a guidance embedding is trained and sampled at 3.5. Written to --out: samples from the
+same noise, tensorboard/, checkpoints/, lora/ (averaged). With --full all weights train against a frozen copy; model/ is saved.
 """
 
 import argparse
@@ -36,11 +35,12 @@ def train(options, out, rows):
     pipe = DiffusionPipeline.from_pretrained(options.model, use_safetensors=True).to(accelerator.device, dtype)
     if not isinstance(pipe, FluxPipeline | StableDiffusion3Pipeline):
         raise ValueError(f"{options.model!r} is a {type(pipe).__name__}, expected one of Stable Diffusion 3 or Flux.")
-    net, vae, flux = pipe.transformer.requires_grad_(options.full), pipe.vae, isinstance(pipe, FluxPipeline)
+    net, vae, flux = pipe.transformer.requires_grad_(options.full), pipe.vae.float(), isinstance(pipe, FluxPipeline)
     if not options.full:
         net.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     cast_training_params(net)  # LoRA in float32, whatever the base is in
     size = options.size or pipe.default_sample_size * pipe.vae_scale_factor
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
     t = timesteps.LogitNormal(shift=adapters.read(pipe.scheduler).t.shift)
     recipe = {"distance": "normalised", "mse_weight": 1.0, "t": t, "seed": options.seed}
     objective = SelfPerceptualObjective.wrap(net, pipe.scheduler, teacher="copy" if options.full else "lora", **recipe)
@@ -52,9 +52,10 @@ def train(options, out, rows):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())  # no base in checkpoints:
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # what is trained goes in by itself
     accelerator.init_trackers("tensorboard")
-    monitor = Monitor(objective)
-    both = torch.nn.ModuleList([trained, ema])
-    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=both)
+    monitor, both = Monitor(objective), torch.nn.ModuleList([trained, ema])
+    source = "smoke" if options.smoke else f"model {options.model!r}, data {options.data!r}"
+    about = f"{source}, size {size}, batch {options.batch} x {options.accumulate}, seed {options.seed}, lr {options.lr}"
+    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=both, about=about)
     step = checkpoints.load() if options.resume else 0
     share = options.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
     places, read = range(step * share, options.steps * share), partial(load, rows, size, options.seed)
@@ -67,17 +68,19 @@ def train(options, out, rows):
 
     def sample():
         settings = {"num_inference_steps": 3 if options.smoke else 28, "max_sequence_length": options.tokens}
+        settings |= {"height": size, "width": size, "guidance_scale": 3.5, "output_type": "latent"}
         prompts, generator = [caption for _, caption in rows[:4]], torch.Generator().manual_seed(options.seed)
         swap()
-        with accelerator.autocast():
-            images = pipe(prompts, height=size, width=size, guidance_scale=3.5, generator=generator, **settings).images
+        latents = pipe(prompts, generator=generator, **settings).images.float()
         swap()
+        latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor) if flux else latents
+        with torch.no_grad():  # the VAE stays in float32: in half precision some overflow
+            images = pipe.image_processor.postprocess(vae.decode(latents / scale + shift).sample)
         Image.fromarray(np.hstack(images)).save(draft := out / "samples.tmp", "PNG")
         draft.replace(out / f"samples-{step:06d}.png")
 
     def encode(pixels, captions):
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample().float()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        latents = (vae.encode(pixels).latent_dist.sample() - shift) * scale
         given = {"device": pixels.device, "max_sequence_length": options.tokens}
         if not flux:
             text, _, pooled, _ = pipe.encode_prompt(captions, None, None, do_classifier_free_guidance=False, **given)
@@ -94,9 +97,9 @@ def train(options, out, rows):
         sample()
     for pixels, captions in tqdm(loader, desc="training", disable=not accelerator.is_main_process):
         with accelerator.accumulate(model):
+            with torch.no_grad():
+                latents, cond = encode(pixels, captions)
             with accelerator.autocast():
-                with torch.no_grad():
-                    latents, cond = encode(pixels, captions)
                 loss = objective(model, latents, cond=cond)
             monitor.update()
             accelerator.backward(loss)
@@ -136,7 +139,7 @@ def main(argv=None):
     if Path(options.out, "checkpoints").exists() and not options.resume:
         parser.error(f"{options.out} holds a run. Add --resume to go on with it, or choose another --out.")
     try:
-        train(options, Path(options.out), captioned(options.data))
+        train(options, Path(options.out), captioned(options.data, options.model))
     except torch.OutOfMemoryError:
         parser.error("out of memory: use --batch 1, --gradient-checkpointing, a smaller --size, bf16, and no --full.")
     except (OSError, ValueError) as error:

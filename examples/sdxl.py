@@ -64,9 +64,10 @@ def train(options, out, rows):
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())  # no base in checkpoints:
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # what is trained goes in by itself
     accelerator.init_trackers("tensorboard")
-    monitor = Monitor(objective)
-    both = torch.nn.ModuleList([trained, ema])
-    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=both)
+    monitor, both = Monitor(objective), torch.nn.ModuleList([trained, ema])
+    source = "smoke" if options.smoke else f"model {options.model!r}, data {options.data!r}"
+    about = f"{source}, batch {options.batch} x {options.accumulate}, seed {options.seed}, lr {options.lr}"
+    checkpoints = adapters.Checkpoints(accelerator, out / "checkpoints", objective=objective, average=both, about=about)
     step = checkpoints.load() if options.resume else 0
     share = options.batch * accelerator.gradient_accumulation_steps * accelerator.num_processes
     places, read = range(step * share, options.steps * share), partial(load, rows, size, options.seed)
@@ -137,11 +138,9 @@ def main(argv=None):
     if Path(options.out, "checkpoints").exists() and not options.resume:
         parser.error(f"{options.out} holds a run. Add --resume to go on with it, or choose another --out.")
     try:
-        train(options, Path(options.out), captioned(options.data))
+        train(options, Path(options.out), captioned(options.data, options.model))
     except torch.OutOfMemoryError:
-        parser.error(
-            "out of memory: use --batch 1, --gradient-checkpointing and `--mixed_precision bf16` of accelerate."
-        )
+        parser.error("out of memory: use --batch 1, --gradient-checkpointing, accelerate's `--mixed_precision bf16`.")
     except (OSError, ValueError) as error:
         parser.error(f"cannot train {options.model!r} on {options.data!r}: {error}")
 

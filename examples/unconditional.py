@@ -65,7 +65,9 @@ def train(name, pipeline, data, steps, lr, recipe, accelerator, options):
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     accelerator.init_trackers(f"logs/{name}")
     monitor = Monitor(objective)
-    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, objective=objective, average=average)
+    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}, lr {lr}"
+    kept = {"objective": objective, "average": average, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, **kept)
     torch.manual_seed(options.seed + accelerator.process_index)  # dropout
     done, parts = checkpoints.load(), accelerator.gradient_accumulation_steps
     order = torch.Generator().manual_seed(options.seed)  # a resumed run draws what it would have drawn
@@ -74,7 +76,9 @@ def train(name, pipeline, data, steps, lr, recipe, accelerator, options):
         for index in order[step - 1, accelerator.process_index]:
             clean = data[index].to(accelerator.device) / 127.5 - 1
             with accelerator.accumulate(student):
-                accelerator.backward(objective(student, clean))
+                with accelerator.autocast():  # of the teacher: the student has its own
+                    loss = objective(student, clean)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -82,7 +86,8 @@ def train(name, pipeline, data, steps, lr, recipe, accelerator, options):
             monitor.update()
         average.update_parameters(model)
         if step % options.every == 0 or step == steps:
-            accelerator.log(monitor.pop() | monitor.features(clean), step)
+            with accelerator.autocast():
+                accelerator.log(monitor.pop() | monitor.features(clean), step)
             checkpoints.save(step)
     accelerator.free_memory(), accelerator.trackers.clear()
     if accelerator.is_main_process:

@@ -11,7 +11,6 @@ tensorboard; and `state`, from which --resume goes on, in either training. --smo
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
@@ -74,10 +73,11 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     accelerator.init_trackers(f"logs/{name}")
-    monitor = Monitor(objective)
-    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, objective=objective, average=average)
+    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}, lr {lr}"
+    kept = {"objective": objective, "average": average, "about": about}
+    checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, **kept)
     torch.manual_seed(options.seed + accelerator.process_index)  # dropout
-    done, parts = checkpoints.load(), accelerator.gradient_accumulation_steps
+    done, parts, monitor = checkpoints.load(), accelerator.gradient_accumulation_steps, Monitor(objective)
     order = torch.Generator().manual_seed(options.seed)  # a resumed run draws what it would have drawn
     order = torch.randint(len(data), (steps, accelerator.num_processes, parts, options.batch), generator=order)
     for step in tqdm(range(done + 1, steps + 1), name, steps, initial=done, disable=accelerator.process_index > 0):
@@ -85,7 +85,9 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
             clean = datasets.to_model(data[index].to(accelerator.device)).transpose(1, 2)  # channels, then frames
             cond = {"encoder_hidden_states": clean.new_zeros(len(clean), 1, 8)}  # no text
             with accelerator.accumulate(student):
-                accelerator.backward(objective(student, clean, cond=cond))
+                with accelerator.autocast():  # of the teacher: the student has its own
+                    loss = objective(student, clean, cond=cond)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -93,7 +95,8 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
             monitor.update()
         average.update_parameters(model)
         if step % options.every == 0 or step == steps:
-            accelerator.log(monitor.pop() | monitor.features(clean, cond=cond), step)
+            with accelerator.autocast():
+                accelerator.log(monitor.pop() | monitor.features(clean, cond=cond), step)
             checkpoints.save(step)
     accelerator.free_memory(), accelerator.trackers.clear()
     accelerator.on_main_process(write)(name, average.module.eval(), options)
@@ -109,8 +112,7 @@ def write(name, model, options):
         x = SCHEDULER.step(model(x, t, x.new_zeros(len(x), 1, 8)).sample, t, x).prev_sample
     clips = datasets.to_images(x.transpose(1, 2)).cpu()
     first, *others = (to_pil_image(torch.cat(list(frames), 2)) for frames in clips.transpose(0, 1))
-    first.save(file := io.BytesIO(), "GIF", save_all=True, append_images=others, duration=80, loop=0)
-    files.write(options.out / f"{name}.gif", file.getvalue())
+    first.save(options.out / f"{name}.gif", save_all=True, append_images=others, duration=80, loop=0)
     files.write_folder(options.out / name, model.save_pretrained)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ pytest.importorskip("tensorboard")
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -37,7 +39,7 @@ LOADED = {}
 
 def load(name):
     """The example as a module."""
-    for module in NEEDS[name]:
+    for module in NEEDS.get(name, ()):
         pytest.importorskip(module)
     if name not in LOADED:
         spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
@@ -169,6 +171,74 @@ def test_a_folder_with_something_in_it_is_not_touched_without_resume(finished, c
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "is not empty" in refused(capsys, name, out)
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_another_model_batch_or_seed_is_refused_on_resume(finished, capsys):
+    name, out, _ = finished
+    for option, value in (("--model", "other"), ("--batch", "3"), ("--seed", "5")):
+        said = refused(capsys, name, out, "--resume", option, value)
+        assert re.search(rf"is of .* and this run of .*{option[2:]} '?{value}", said), said
+
+
+@pytest.mark.parametrize("name", ["unconditional", "drop_in"])
+def test_other_data_is_refused_on_resume(name, tmp_path, capsys):
+    for number in range(8):
+        (tmp_path / f"data/{number % 4}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (30 * number, 0, 90)).save(tmp_path / f"data/{number % 4}/{number}.png")
+    run(name, tmp_path / "out")
+    assert "is of " in refused(capsys, name, tmp_path / "out", "--resume", "--data", str(tmp_path / "data"))
+    run(name, tmp_path / "out", "--resume")
+
+
+@pytest.fixture
+def in_bf16(monkeypatch):
+    """What `accelerate launch --mixed_precision bf16` sets, and nothing of it afterwards."""
+
+    def forget():
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+    forget()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    yield
+    forget()
+
+
+@pytest.mark.parametrize("name", [*NEEDS, "drop_in"])
+def test_in_mixed_precision_student_and_teacher_run_in_half_and_the_loss_in_float32(
+    name, tmp_path, in_bf16, monkeypatch
+):
+    seen, losses, last = {}, [], {}
+    kinds = torch.nn.Conv2d | torch.nn.Conv3d | torch.nn.Linear
+    wrap, backward = SelfPerceptualObjective.wrap.__func__, Accelerator.backward
+
+    def wrapped(cls, model, *arguments, **options):
+        seen.clear()  # what came before: the samples of the base, and its training
+        last.update(model=model, objective=wrap(cls, model, *arguments, **options))
+        return last["objective"]
+
+    def watched(self, loss, **options):
+        losses.append(loss.dtype)
+        return backward(self, loss, **options)
+
+    def saw(module, given, output):
+        if isinstance(module, kinds):
+            seen.setdefault(module, set()).add(output.dtype)
+
+    monkeypatch.setattr(SelfPerceptualObjective, "wrap", classmethod(wrapped))
+    monkeypatch.setattr(Accelerator, "backward", watched)
+    hook = torch.nn.modules.module.register_module_forward_hook(saw)
+    try:
+        run(name, tmp_path / "out")
+    finally:
+        hook.remove()
+    student, teacher = ({*part.modules()} & seen.keys() for part in (last["model"], last["objective"].teacher.module))
+    assert student
+    assert teacher
+    assert not student & teacher
+    for part in (student, teacher):
+        assert {dtype for layer in part for dtype in seen[layer]} == {torch.bfloat16}
+    assert {*losses} == {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")  # of diffusers' own call of the hub

@@ -219,18 +219,35 @@ def test_lora_holds_no_second_copy_of_the_base_and_says_so(tmp_path, monkeypatch
     assert {p.data_ptr() for p in shared} <= own
 
 
-def test_broken_pictures_are_skipped_counted_and_named(tmp_path, capsys):
+def test_pictures_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
     import _tiny
     from image import captioned
 
     _tiny.pictures(tmp_path, 4)
     whole = (tmp_path / "0001.png").read_bytes()
     (tmp_path / "0001.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "0002.png").unlink()
-    rows = captioned(str(tmp_path))
-    assert [Path(path).name for path, _ in rows] == ["0000.png", "0003.png"]
+    (tmp_path / "bare.png").write_bytes(whole)
+    rows = captioned(str(tmp_path), str(tmp_path))
+    assert [Path(path).name for path, _ in rows] == ["0000.png", "0002.png", "0003.png"]
     assert rows[0][1] == "grinning face"
-    assert "2 pictures; 3 cannot be read and are skipped: 0001.png, 0002.png, broken.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 pictures; left out: 3" in said
+    assert all(name in said for name in ("0001.png", "broken.png", "bare.png: no caption"))
+
+
+def test_wrong_captions_and_a_missing_model_are_named_before_anything_is_loaded(tmp_path):
+    import _tiny
+    from image import captioned
+
+    with pytest.raises(ValueError, match="there is no folder"):
+        captioned(str(tmp_path), "nodir")
+    _tiny.pictures(tmp_path, 4)
+    file = tmp_path / "metadata.jsonl"
+    lines = file.read_text().splitlines()
+    for wrong, message in ((lines[1].replace('"text"', '"caption"'), ":2: `text` is missing"), ("{", ":2: ")):
+        file.write_text("\n".join([lines[0], wrong, *lines[2:]]))
+        with pytest.raises(ValueError, match=re.escape(f"metadata.jsonl{message}")):
+            captioned(str(tmp_path), str(tmp_path))
 
 
 def test_an_epoch_shows_each_picture_once_and_a_tenth_of_captions_is_left_out(tmp_path):
@@ -276,9 +293,9 @@ def test_what_cannot_be_used_is_refused_in_one_sentence_and_nothing_is_written(r
         wrong = runs("sdxl" if script != "sdxl" else "image").out / "tiny/model"
         for given, data, part in (
             (tmp_path / "none", pictures, "none"),
-            (model, tmp_path / "none", "doesn't contain any data files"),
-            (model, bare, "has 1 readable pictures and no captions. Add a metadata.jsonl"),
-            (model, damaged, "Missing a colon after a name"),
+            (model, tmp_path / "none", "there is no folder"),
+            (model, bare, "have no captions, and this model needs them. Add a metadata.jsonl"),
+            (model, damaged, "metadata.jsonl:1: "),
             (wrong, pictures, "StableDiffusion"),
         ):
             said = refusal(capsys, script, "--model", given, "--data", data, "--out", tmp_path / "out")
@@ -293,6 +310,64 @@ def test_an_earlier_run_is_not_overwritten(script, tmp_path, capsys):
     said = refusal(capsys, script, "--model", "m", "--data", "d", "--out", tmp_path / "out")
     assert said == f"{tmp_path / 'out'} holds a run. Add --resume to go on with it, or choose another --out."
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_in_mixed_precision_the_vae_stays_in_float32_and_the_model_does_not(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    watch, seen, vaes, built = Watch(monkeypatch), {}, [], DiffusionPipeline.from_pretrained
+
+    def kept(*given, **named):
+        vaes.append((pipe := built(*given, **named)).vae)
+        return pipe
+
+    def saw(module, given, output):
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            seen.setdefault(module, set()).add(output.dtype)
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", kept)
+    hook = torch.nn.modules.module.register_module_forward_hook(saw)
+    try:
+        script, more = RUNS[name]
+        start(script, "--smoke", "--out", tmp_path / "out", "--steps", "1", *more)
+    finally:
+        hook.remove()
+        AcceleratorState._reset_state(True)
+    for half in (vaes[0].encoder, vaes[0].decoder):
+        assert {dtype for module in {*half.modules()} & seen.keys() for dtype in seen[module]} == {torch.float32}
+    student = {*watch.model.modules()} & seen.keys()
+    teacher = {*watch.objective.teacher.module.modules()} & seen.keys()
+    assert torch.bfloat16 in {dtype for module in student for dtype in seen[module]}
+    assert torch.bfloat16 in {dtype for module in teacher for dtype in seen[module]}
+
+
+def test_another_model_data_batch_or_seed_is_refused_on_resume(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(runs("lora").out / "tiny", tmp_path / "one")
+    shutil.copytree(runs("lora").out / "tiny", tmp_path / "other")
+    given = {"--model": tmp_path / "one/model", "--data": tmp_path / "one/pictures", "--batch": 2, "--seed": 0}
+
+    def run(**changed):
+        return [
+            word for pair in (given | {f"--{key}": value for key, value in changed.items()}).items() for word in pair
+        ]
+
+    start("lora", "--out", out, "--steps", "1", *run())
+    for key, value in {"model": "other/model", "data": "other/pictures", "batch": 3, "seed": 1}.items():
+        changed = tmp_path / value if isinstance(value, str) else value
+        said = refusal(capsys, "lora", "--out", out, "--steps", "2", "--resume", *run(**{key: changed}))
+        assert "and this run of" in said
+        assert str(changed) in said.split("and this run of")[1]
+    start("lora", "--out", out, "--steps", "2", "--resume", *run())
+    assert (out / "checkpoints/step-00000002").is_dir()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_another_batch_or_seed_of_a_smoke_run_is_refused_on_resume(runs, name, tmp_path, capsys):
+    run = runs(name)
+    for option, value in (("--batch", 3), ("--seed", 1)):
+        said = refusal(capsys, run.script, "--smoke", "--out", run.out, *STEPS, *run.more, "--resume", option, value)
+        assert f"{option[2:]} {value}" in said.split("and this run of")[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
