@@ -50,7 +50,6 @@ if gallery:
         "filename_pattern": r"plot_",
         "within_subsection_order": "FileNameSortKey",
         "capture_repr": ("_repr_html_",),
-        "within_subsection_order": "FileNameSortKey",
         "abort_on_example_error": True,
         "download_all_examples": False,
         "remove_config_comments": True,
