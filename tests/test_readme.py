@@ -69,3 +69,13 @@ def test_the_snippets_run_in_order_and_give_losses():
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)#]+)\)", README))
 def test_links_of_the_readme_lead_somewhere(link):
     assert (ROOT / link).exists()
+
+
+def test_the_config_of_the_readme_is_one_that_train_takes(tmp_path):
+    from perceptual_diffusion.cli import config
+
+    (block,) = blocks("toml")
+    (tmp_path / "run.toml").write_text(block)
+    taken = config.load(tmp_path / "run.toml")
+    assert taken.training.lora_rank == 16
+    assert taken.data == str(tmp_path / "pictures")
