@@ -357,5 +357,5 @@ def test_an_entry_point_of_another_package_is_read_when_an_adapter_is_first_look
 
 def test_the_public_names_are_there():
     assert set(adapters.__all__) == {
-        "Adapter", "Concat", "DecoderTeacher", "Process", "TimmTeacher", "find", "read", "register",
+        "Adapter", "Checkpoints", "Concat", "DecoderTeacher", "Process", "TimmTeacher", "find", "read", "register",
     }  # fmt: skip
