@@ -67,6 +67,8 @@ class Monitor:
         rows = self._sums.tolist()
         self._sums = None
         whole = [sum(column) for column in zip(*rows, strict=True)]
+        if not whole[0]:  # of empty batches
+            return {}
         found = {name: value / whole[0] for name, value in zip(self._names, whole[1:], strict=True)}
         for label, (count, *sums) in zip(self._labels() if self.bands else [], rows, strict=False):
             if count:
@@ -89,9 +91,9 @@ class Monitor:
         objective, like = self.objective, first(clean)
         generator = torch.Generator(like.device).manual_seed(0)
         low, high = objective.schedule.drawn
-        ranks = (torch.arange(len(like), device=like.device, dtype=torch.float64) + 0.5) / len(like)
+        ranks = (torch.arange(len(like), dtype=torch.float64) + 0.5) / max(1, len(like))  # some devices have no float64
         t = objective.schedule.at(ranks)
-        t = (t if t.dtype == torch.int64 else t.float()).clamp(low, high)
+        t = (t if t.dtype == torch.int64 else t.float()).clamp(low, high).to(like.device)
         noise = map_leaves(lambda x: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), clean)
         found: list[Any] = objective.teacher(mix_samples(clean, noise, objective.schedule(t)), t, dict(cond or {}))
         names = getattr(objective.teacher, "layers", range(len(found)))

@@ -114,3 +114,12 @@ def test_features_can_be_measured_before_the_first_loss():
     objective(model, clean).backward()
     assert Monitor(objective).features(clean) == first
     assert float(model.stem.weight.grad.abs().sum()) > 0
+
+
+def test_an_empty_batch_leaves_nothing_to_read():
+    model, objective = wrap()
+    monitor = Monitor(objective)
+    objective(model, torch.randn(2, 3, 8, 8))
+    objective(model, torch.randn(0, 3, 8, 8))
+    monitor.update()
+    assert monitor.pop() == {}
