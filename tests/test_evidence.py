@@ -350,6 +350,26 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
         render.fill("", [a_row(table="1", metric="FD")])
 
 
+def test_the_figure_shows_each_recipe_against_mse_of_the_same_seed_n_and_base():
+    about = {"table": "1", "metric": "FD-X", "base": "b", "base_steps": 20, "nfe": 25, "guidance": "none", "n": 100}
+    values = {
+        ("mse-equal-compute", 0): 2.0,
+        ("mse-equal-compute", 1): 4.0,
+        ("sp", 0): 3.0,
+        ("sp", 1): 2.0,
+        ("new", 1): 1.0,
+    }
+    rows = [a_row(**about | {"loss": loss, "seed": seed, "value": value}) for (loss, seed), value in values.items()]
+    wrong = ({"n": 10}, {"base_steps": 10}, {"nfe": 50}, {"guidance": 3.0}, {"metric": "KID-X"}, {"base": "c"})
+    others = [a_row(**about | {"loss": "sp", "value": 9.0} | other) for other in wrong]
+    found = render.against_mse([*others, *rows])
+    assert found == {"b, N = 100": {"new": [0.25], "sp": [1.5, 0.5]}}
+    axes = render.draw(found).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["sp", "new"]
+    assert sorted(x for line in axes.lines[::2][:2] for x in line.get_xdata()) == [0.25, 0.5, 1.5]
+    assert render.against_mse(others) == {}
+
+
 # --- the search, and the base of the package --------------------------------------------------------------------------------
 
 
