@@ -13,8 +13,13 @@ def main() -> None:
         os.execv(sys.executable, sys.orig_argv)
     try:
         from perceptual_diffusion.cli._app import app
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "perceptual_diffusion":
+    except Exception as error:
+        if sys.argv[1:2] == ["doctor"]:  # it needs torch alone
+            from perceptual_diffusion.cli import doctor
+
+            doctor.main(sys.argv[2:])
+            return
+        if not isinstance(error, ModuleNotFoundError) or (error.name or "").split(".")[0] == "perceptual_diffusion":
             raise
         sys.exit(
             f"the command needs {error.name!r}, which is not installed. Run `pip install 'perceptual-diffusion[demo,train]'`."

@@ -1,4 +1,4 @@
-"""Arguments of `sample` and `evaluate`."""
+"""Arguments of `sample`, `evaluate` and `doctor`."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli._errors import UserError, plain
 
 # what both commands say of sampling
 N = Annotated[int | None, typer.Option(help="Pictures to sample; by default as many as prompts or classes, or 16.")]
@@ -42,7 +42,7 @@ def refusing() -> Iterator[None]:
         )  # fmt: skip
         raise typer.Exit(2) from error
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {plain(error)}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -54,8 +54,8 @@ def _lines(prompt: list[str] | None, file: Path | None) -> tuple[str, ...]:
         raise UserError("--prompt and --prompts are both given. Keep one of them.")
     try:
         found = tuple(line.strip() for line in file.expanduser().read_text("utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8, or no such name"
         raise UserError(f"--prompts {str(file)!r} cannot be read: {reason}. Give a text file.") from error
     if not found:
         raise UserError(f"--prompts {str(file)!r} holds no prompt. Write one on each line.")
@@ -69,9 +69,10 @@ def _settings(*, prompt: list[str] | None, prompts: Path | None, labels: list[st
 
 
 def add(app: typer.Typer) -> None:
-    """Give an app the commands `sample` and `evaluate`."""
+    """Give an app the commands `sample`, `evaluate` and `doctor`."""
     app.command()(sample)
     app.command()(evaluate)
+    app.command()(doctor)
 
 
 def sample(
@@ -151,6 +152,21 @@ def evaluate(
     if facts is None:
         raise typer.Exit(130)
     if as_json:
-        typer.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(facts, indent=1))
     else:
         show(facts)
+
+
+def doctor(
+    report: Annotated[bool, typer.Option("--report", help="Print Markdown to paste into an issue.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show this machine and what works on it, and test whether losses and gradients are right here."""
+    from perceptual_diffusion.cli.doctor import run
+
+    try:
+        passed = run(report=report, as_json=as_json)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if not passed:
+        raise typer.Exit(1)
