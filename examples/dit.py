@@ -70,9 +70,9 @@ def train(name, model, data, steps, lr, recipe, accelerator, options):
     objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), **recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)).requires_grad_(False)
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
-    accelerator.init_trackers(f"logs/{name}")
-    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}, lr {lr}"
-    kept = {"objective": objective, "average": average, "about": about}
+    about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}"
+    accelerator.on_main_process(files.claim)(options.out, about), accelerator.init_trackers(f"logs/{name}")
+    kept = {"objective": objective, "average": average, "about": f"{about}, lr {lr}"}
     checkpoints = adapters.Checkpoints(accelerator, options.out / "state" / name, **kept)
     torch.manual_seed(options.seed + accelerator.process_index)  # of the classes left out
     done, parts, monitor = checkpoints.load(), accelerator.gradient_accumulation_steps, Monitor(objective)

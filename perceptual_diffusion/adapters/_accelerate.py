@@ -1,5 +1,6 @@
 """Checkpoints of a run under accelerate that appear whole or not at all, and hold what accelerate does not know of."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,13 +15,16 @@ from perceptual_diffusion.objective import SelfPerceptualObjective
 
 NAME = re.compile(r"step-(\d{8,})")
 ABOUT = "checkpoint.json"
+FULL = re.compile("PytorchStreamWriter|No space left|File too large|unexpected pos")
+"""What torch says where a file could not be written."""
 
 
 class Checkpoints:
     """Save and load a run: accelerate's state, the objective's generator of each process, and averaged weights.
 
-    A checkpoint is written beside its place and renamed, so that a killed run leaves the one before. Accelerate's own files
-    of optimizer and generators are pickles: load checkpoints that you made yourself.
+    A checkpoint is written beside its place and renamed, so that a killed run or a full disk leaves the one before. The
+    SHA-256 of each file is kept and checked before anything is loaded. Accelerate's own files of optimizer and generators
+    are pickles: load checkpoints that you made yourself.
 
     Args:
         accelerator: an `accelerate.Accelerator` with everything prepared.
@@ -55,39 +59,79 @@ class Checkpoints:
         self.objective, self.average, self.about = objective, average, about
 
     def save(self, step: int) -> Path:
-        """Save the run as it is after `step` steps. Every process calls this; the files are on a disk that all of them see."""
-        from safetensors.torch import save_file
+        """Save the run as it is after `step` steps. Every process calls this; the files are on a disk that all of them see.
 
-        accelerator, place = self.accelerator, self.folder / f"step-{step:08d}"
-        draft = place.with_name(f".{place.name}.tmp")
+        Raises:
+            OSError: a file could not be written; the checkpoint before is as it was.
+        """
+        accelerator, place = self.accelerator, self.folder / _name(step)
+        draft, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
         if accelerator.is_main_process:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(draft))
-        state = None if self.objective is None else self.objective.rng_state()
-        tensors = {} if state is None else {"generator": state}
-        save_file(tensors, draft / _generator(accelerator.process_index))
-        if accelerator.is_main_process and self.average is not None:
-            # clones: weights that are shared would be refused
-            save_file(
-                {k: v.detach().cpu().clone() for k, v in self.average.state_dict().items()},
-                draft / "average.safetensors",
-            )
-        accelerator.wait_for_everyone()
+        try:
+            self._write(draft)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                self._describe(draft, step)
+                self._restore()
+                if place.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.replace(place, old)
+                os.replace(draft, place)
+                sync(self.folder)
+        except BaseException:
+            if accelerator.is_main_process:  # a full disk has its space back
+                shutil.rmtree(draft, ignore_errors=True)
+                self._restore()
+            raise
         if accelerator.is_main_process:
-            files = {str(x.relative_to(draft)): x.stat().st_size for x in sorted(draft.rglob("*")) if x.is_file()}
-            about = {"step": step, "processes": accelerator.num_processes, "about": self.about, "files": files}
-            (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-            shutil.rmtree(old := draft.with_suffix(".old"), ignore_errors=True)
-            if place.exists():
-                os.replace(place, old)
-            os.replace(draft, place)
-            shutil.rmtree(old, ignore_errors=True)
-            for older in self._found()[: -self.keep]:
-                shutil.rmtree(older)
+            for left in self.folder.glob(".step-*"):  # by a kill
+                if NAME.fullmatch(left.stem[1:]) and left.suffix in (".tmp", ".old"):
+                    shutil.rmtree(left)
+            for older in [x for x in self._found() if x.is_dir()][: -self.keep]:
+                os.replace(older, hidden := older.with_name(f".{older.name}.tmp"))  # half of it is no checkpoint
+                shutil.rmtree(hidden)
         accelerator.wait_for_everyone()
         return place
+
+    def _write(self, draft: Path) -> None:
+        """Write the files of this process."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        state = None if self.objective is None else self.objective.rng_state()
+        try:
+            self.accelerator.save_state(str(draft))
+            save_file({} if state is None else {"generator": state}, draft / _generator(self.accelerator.process_index))
+            if self.accelerator.is_main_process and self.average is not None:
+                # clones: weights that are shared would be refused
+                save_file(
+                    {k: v.detach().cpu().clone() for k, v in self.average.state_dict().items()},
+                    draft / "average.safetensors",
+                )
+        except SafetensorError as error:  # how safetensors says that a file could not be written
+            raise OSError(str(error)) from error
+        except RuntimeError as error:
+            if not FULL.search(str(error)):
+                raise
+            raise OSError(f"a file of the checkpoint could not be written: {error}") from error  # torch.save's words
+
+    def _describe(self, draft: Path, step: int) -> None:
+        """Write down what a checkpoint holds, when all of it is on the disk itself."""
+        for written in (draft, *draft.rglob("*")):
+            sync(written)
+        files = {str(x.relative_to(draft)): _digest(x) for x in sorted(draft.rglob("*")) if x.is_file()}
+        about = {"step": step, "processes": self.accelerator.num_processes, "about": self.about, "files": files}
+        (draft / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        sync(draft / ABOUT)
+
+    def _restore(self) -> None:
+        """Give a checkpoint its place back whose replacement was killed between the two renames."""
+        for old in self.folder.glob(".step-*.old"):
+            if NAME.fullmatch(old.stem[1:]) and not (place := old.with_name(old.stem[1:])).exists():
+                os.replace(old, place)
 
     def load(self) -> int:
         """Load the newest checkpoint. Every process calls this, after everything is prepared.
@@ -98,9 +142,13 @@ class Checkpoints:
         Raises:
             ValueError: it is damaged, or was saved by another number of processes.
         """
+        from accelerate.utils import gather_object
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if self.accelerator.is_main_process:
+            self._restore()
+        self.accelerator.wait_for_everyone()
         found = self._found()
         if not found:
             return 0
@@ -108,18 +156,17 @@ class Checkpoints:
         try:
             about = json.loads((place / ABOUT).read_text())
             step, processes, files = int(about["step"]), int(about["processes"]), dict(about["files"])
+            if place.name != _name(step):
+                raise ValueError(f"it says that it is of step {step}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the checkpoint {str(place)!r} cannot be read: {error}. Delete it to go on from the one before."
             ) from error
-        wrong = [
-            name
-            for name, size in files.items()
-            if not (place / name).is_file() or (place / name).stat().st_size != size
-        ]
+        shares = sorted(files)[self.accelerator.process_index :: here]  # each process reads some
+        wrong = gather_object([name for name in shares if not _whole(place / name, files[name])])
         if wrong:
             raise ValueError(
-                f"the checkpoint {str(place)!r} is damaged: {', '.join(wrong)} are missing or cut short. "
+                f"the checkpoint {str(place)!r} is damaged: {', '.join(wrong)} are missing, cut short or changed. "
                 "Delete it to go on from the one before."
             )
         if processes != here:
@@ -152,10 +199,36 @@ class Checkpoints:
         """The checkpoints, the newest last."""
         if not self.folder.is_dir():
             return []
-        return sorted(
-            (x for x in self.folder.iterdir() if x.is_dir() and NAME.fullmatch(x.name)), key=lambda x: int(x.name[5:])
-        )
+        return sorted((x for x in self.folder.iterdir() if NAME.fullmatch(x.name)), key=lambda x: int(x.name[5:]))
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _generator(process: int) -> str:
     return f"objective-{process}.safetensors"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _whole(path: Path, known: str | int) -> bool:
+    """Whether a file is as it was saved: by its digest, or by its size in checkpoints of version 0.1."""
+    if not path.is_file():
+        return False
+    return path.stat().st_size == known if isinstance(known, int) else _digest(path) == known
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself, so that a rename cannot get there before what it names."""
+    windows = os.name == "nt"  # which opens no folders, and syncs only what is opened to be written
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from perceptual_diffusion import __version__
 from perceptual_diffusion.cli import datasets, metrics, report
-from perceptual_diffusion.cli._errors import UserError
-from perceptual_diffusion.cli.files import load_state, save_state, write, write_folder
+from perceptual_diffusion.cli._errors import UserError, plain
+from perceptual_diffusion.cli.files import LOCK, hold, load_state, remove, save_state, write, write_folder
 from perceptual_diffusion.cli.sampling import sample, trajectory
 from perceptual_diffusion.cli.training import FineTuning, Interrupted, Stop
 
@@ -75,20 +75,27 @@ def run(settings: Settings, *, out: Path, resume: bool) -> bool:
             raise UserError(f"{name} is {value}, expected a whole number from {least} to {2**31 - 1}.")
     device = _device(settings.device)
     split = datasets.load(settings.dataset)
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     # all that the result depends on; random streams differ between kinds of device
     key = {**asdict(settings), "device": device.type, "objective": OBJECTIVE, "lr": LR, "batch": BATCH}
     try:
         out = out.expanduser().resolve()
         _prepare(out, resume, key, console)
+        held = contextlib.ExitStack()
+        held.enter_context(hold(out))
     except (OSError, RuntimeError) as error:
         raise UserError(f"--out {str(out)[:80]!r} cannot be used: {error}. Give another folder.") from error
     try:
-        with Stop().listening() as stop, warnings.catch_warnings():
+        with held, Stop().listening() as stop, warnings.catch_warnings():
+            _check(out, resume, key)  # another run may have begun or ended meanwhile
+            if not resume:
+                write(out / "state" / "run.json", json.dumps({"made by": MADE_BY, "saved": [], **key}, indent=1))
             warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
             _Demo(settings, split, device, out, key, stop, console).run()
     except (Interrupted, KeyboardInterrupt):
-        console.print(f"Stopped. What was done is kept in {out / 'state'}; go on with the same command and --resume.")
+        console.print(
+            f"Stopped. What was done is kept in {plain(out / 'state')}; go on with the same command and --resume."
+        )
         return False
     except OSError as error:
         raise UserError(
@@ -111,32 +118,64 @@ def _device(name: str) -> torch.device:
 
 
 def _prepare(out: Path, resume: bool, key: dict[str, Any], console: Any) -> None:
-    """Make the folder, marked as a run's; keep the results of an earlier run under another name."""
+    """Refuse a folder that cannot be used; keep the results of an earlier run under another name."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {str(out)!r}, which is a file. Give a folder.")
-    state, finished = out / "state", _mark(out / "metrics.json") is not None
-    mark = _mark(state / "run.json")
-    if resume:
-        if mark is None:
-            raise UserError(
-                f"there is nothing to resume in {str(out)!r}"
-                + (": that run is finished." if finished else ". Run without --resume.")
-            )
+    finished = _mark(out / "metrics.json") is not None
+    if finished:
+        _clean(out / "state")  # a kill may have come before it
+    _check(out, resume, key)
+    if not resume and not _untouched(out):
+        if not finished or (out / "state").exists() or out == Path.cwd():
+            raise UserError(f"--out is {str(out)!r}, which holds other files. Give a new or an empty folder.")
+        kept = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+        out.rename(kept)
+        console.print(f"The earlier results are kept in {plain(kept)}.")
+
+
+def _untouched(out: Path) -> bool:
+    """Whether a folder holds no more than what a run leaves that is killed before it writes state/run.json."""
+    state = out / "state"
+    left = {out / LOCK, state / ".run.json.tmp"} | ({state} if state.is_dir() else set())
+    return {*out.glob("*"), *state.glob("*")} <= left
+
+
+def _check(out: Path, resume: bool, key: dict[str, Any]) -> None:
+    """Refuse to begin where a run was interrupted, and to go on where there is none or another one."""
+    mark = _mark(out / "state" / "run.json")
+    if not resume:
+        if mark is not None:
+            raise UserError(f"{str(out)!r} holds an interrupted run. Continue it with --resume, or use another --out.")
+        return
+    finished, lost = _mark(out / "metrics.json") is not None, []
+    if mark is None and any((out / "state").glob("*.safetensors")):
+        lost = [out / "state" / "run.json"]
+    elif mark is None:
+        raise UserError(
+            f"there is nothing to resume in {str(out)!r}"
+            + (": that run is finished." if finished else ". Run without --resume.")
+        )
+    else:
         changed = sorted(name for name in key if mark.get(name) != key[name])
         if changed:
             raise UserError(
                 f"the run in {str(out)!r} has another {', '.join(changed)}. Use the same options, or another --out."
             )
+        lost = [p for name in mark.get("saved", ()) if not (p := out / "state" / f"{name}.safetensors").exists()]
+    if lost:
+        raise UserError(
+            f"the state {str(lost[0])!r} is missing or damaged. Put it back, or start again with another --out."
+        )
+
+
+def _clean(state: Path) -> None:
+    """Remove the states of a finished run, and last the file that says whose they are."""
+    if _mark(state / "run.json") is None:
         return
-    if mark is not None:
-        raise UserError(f"{str(out)!r} holds an interrupted run. Continue it with --resume, or use another --out.")
-    if out.exists() and any(out.iterdir()):
-        if not finished or state.exists() or out == Path.cwd():
-            raise UserError(f"--out is {str(out)!r}, which holds other files. Give a new or an empty folder.")
-        kept = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(kept)
-        console.print(f"The earlier results are kept in {kept}.")
-    write(state / "run.json", json.dumps({"made by": MADE_BY, **key}, indent=1))
+    for file in (*state.glob("*.safetensors"), *state.glob(".*.tmp"), state / "run.json"):
+        remove(file)
+    with contextlib.suppress(OSError):  # somebody else's file in it stays
+        state.rmdir()
 
 
 def _mark(path: Path) -> dict[str, Any] | None:
@@ -267,7 +306,15 @@ class _Demo:
                 stop=self.stop,
                 key={**self.key, "run": name},
                 progress=show,
+                saved=lambda: self._note(name),
             )
+
+    def _note(self, name: str) -> None:
+        """Write down that a state exists: from now on it is a fault if it does not."""
+        mark = _mark(self.state / "run.json") or {}
+        if name not in mark.get("saved", ()):
+            mark["saved"] = [*mark.get("saved", ()), name]
+            write(self.state / "run.json", json.dumps(mark, indent=1))
 
     def _progress(self) -> Any:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -295,8 +342,9 @@ class _Demo:
         if path.exists():
             tensors, meta = load_state(path)
             kept = tensors.get("samples")
-            if meta.get("key") == self.key and kept is not None and len(kept) == self.settings.samples:
-                return kept
+            if meta.get("key") != {**self.key, "run": name} or kept is None or len(kept) != self.settings.samples:
+                raise UserError(f"the state {str(path)!r} belongs to a run with another set-up. Put back its own, or start again with another --out.")  # fmt: skip
+            return kept
         noise, labels = self._noise()
         guidance = GUIDANCE if name == "guidance" else 1.0
         with self._progress() as bar:
@@ -317,7 +365,8 @@ class _Demo:
                 batch=48,
                 progress=show,
             ).cpu()
-        save_state(path, {"samples": made}, {"key": self.key})
+        save_state(path, {"samples": made}, {"key": {**self.key, "run": name}})
+        self._note(f"samples-{name}")
         return made
 
     def _measure(
@@ -425,10 +474,7 @@ class _Demo:
         write_folder(self.out / "model", lambda folder: self._save_model(models["self-perceptual"], folder))
         write(self.out / "report.html", report.page(facts, images, grids, METRICS))
         write(self.out / "metrics.json", json.dumps(facts, indent=1) + "\n")
-        for file in (self.state / "run.json", *self.state.glob("*.safetensors")):
-            file.unlink()
-        with contextlib.suppress(OSError):  # somebody else's file in it stays
-            self.state.rmdir()
+        _clean(self.state)
         self._print(facts)
 
     def _save_model(self, model: Any, folder: Path) -> None:
@@ -458,10 +504,10 @@ class _Demo:
                 f"{row['nearest']:.3f}",
                 str(row["passes"] or "–"),
             )
-        console = Console()
+        console = Console(markup=False)
         console.print(table)
         for sentence in facts["verdict"]:
             console.print(sentence, highlight=False)
-        console.print(f"{self.out / 'report.html'}: open it in a browser", highlight=False)
-        console.print(f"{self.out / 'model'}: UNet2DModel.from_pretrained loads it", highlight=False)
-        console.print(f"{self.out}: pictures, metrics.json; {facts['seconds']} s", highlight=False)
+        console.print(f"{plain(self.out / 'report.html')}: open it in a browser", highlight=False)
+        console.print(f"{plain(self.out / 'model')}: UNet2DModel.from_pretrained loads it", highlight=False)
+        console.print(f"{plain(self.out)}: pictures, metrics.json; {facts['seconds']} s", highlight=False)

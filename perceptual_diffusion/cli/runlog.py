@@ -1,6 +1,7 @@
 """The log of a run: log.jsonl, and TensorBoard's files where that is installed."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +49,7 @@ class Log:
             return
         self.file.write(json.dumps({"step": step, **row, "seconds": round(time.monotonic() - self.start, 3)}) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())  # a state of this step must not be on the disk without its row
         if self.board is not None:
             for name, value in row.items():
                 self.board.add_scalar(name, value, step)

@@ -1,5 +1,6 @@
 """`perceptual-diffusion train`: fine-tune a pipeline of diffusers on a folder of pictures."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,9 +15,9 @@ import torch
 
 from perceptual_diffusion.cli import config as configs
 from perceptual_diffusion.cli import folders, pipelines
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.config import Config
-from perceptual_diffusion.cli.files import write, write_folder
+from perceptual_diffusion.cli.files import LOCK, hold, write, write_folder
 from perceptual_diffusion.cli.plan import card, plan
 from perceptual_diffusion.cli.runlog import Log
 from perceptual_diffusion.cli.training import Interrupted, Stop
@@ -25,6 +26,8 @@ from perceptual_diffusion.cli.tuning import MADE_BY, Tuning
 SAMPLES = 8
 SAMPLING_STEPS = 25
 COLUMNS = 4
+EARLIEST = {LOCK, ".config.json.tmp"}
+"""What a run leaves that is killed before it writes its config.json."""
 MEMORY = (
     "the memory is not enough. What helps, in [training]: a smaller `batch` with more `accumulate`, `gradient_checkpointing` = true, `precision` = \"bf16\", "
     "`lora_rank`; in [objective]: `micro_batch` = 1, `teacher` = \"lora\" (with `lora_rank`), `teacher_dtype` = \"bfloat16\"."
@@ -48,11 +51,12 @@ def run(path: Path, *, resume: bool = False, dry_run: bool = False) -> bool:
     config = configs.load(path)
     out = Path(config.out)
     accelerator = _accelerator(config)
-    if not dry_run:
-        _check_out(out, Path(config.data), resume)
-    accelerator.wait_for_everyone()
     try:
-        with Stop().listening() as stop, warnings.catch_warnings():
+        with Stop().listening() as stop, warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            if not dry_run:
+                _check_out(out, Path(config.data), resume)
+                accelerator.wait_for_everyone()
+                _hold(out, Path(config.data), resume, accelerator, stack)
             warnings.simplefilter("ignore")  # of the model and of its libraries
             if accelerator.num_processes > 1:  # a launcher passes Ctrl-C on as a second signal
                 for number in (signal.SIGINT, signal.SIGTERM):
@@ -79,6 +83,21 @@ def run(path: Path, *, resume: bool = False, dry_run: bool = False) -> bool:
     return True
 
 
+def _hold(out: Path, data: Path, resume: bool, accelerator: Any, stack: contextlib.ExitStack) -> None:
+    """Keep other runs out of `out`; if there is one, every process of this run ends."""
+    refused: UserError | None = None
+    if accelerator.is_main_process:
+        try:
+            stack.enter_context(hold(out))
+            _check_out(out, data, resume)  # another run may have ended meanwhile
+        except UserError as error:
+            refused = error
+    if accelerator.gather(torch.tensor([float(refused is not None)], device=accelerator.device)).any():
+        raise refused or UserError(
+            f"another run is at work in {str(out)!r}. Wait until it ends, or give another folder."
+        )
+
+
 def _accelerator(config: Config) -> Any:
     try:
         from accelerate import Accelerator, DistributedType
@@ -102,27 +121,33 @@ def _accelerator(config: Config) -> Any:
 
 def _check_out(out: Path, data: Path, resume: bool) -> None:
     """Refuse a folder that holds something else, or that lies among the data."""
-    state, mark = out / "state" / "latest.safetensors", out / "config.json"
+    state, mark = out / "state" / "latest.safetensors", _mark(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` is {str(out)!r}, which is a file. Give a folder.")
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(
             f"`out` is {str(out)!r}, which lies in `data`: samples would be trained on. Give another folder."
         )
-    if resume and not (state.exists() or _marked(mark)):
-        raise UserError(f"there is nothing to resume in {str(out)!r}. Run without --resume.")
-    if not resume and out.exists() and any(out.iterdir()):
-        hint = "Continue it with --resume, or give" if _marked(mark) else "Give"
-        held = "an earlier run" if _marked(mark) else "other files"
+    if resume and not state.exists():
+        if not mark:
+            raise UserError(f"there is nothing to resume in {str(out)!r}. Run without --resume.")
+        if mark.get("saved") is not False:
+            raise UserError(
+                f"the state {str(state)!r} is missing or damaged. Put it back, or start again with another `out`."
+            )
+    if not resume and out.exists() and {entry.name for entry in out.iterdir()} - EARLIEST:
+        hint = "Continue it with --resume, or give" if mark else "Give"
+        held = "an earlier run" if mark else "other files"
         raise UserError(f"`out` is {str(out)!r}, which holds {held}. {hint} a new or an empty folder.")
 
 
-def _marked(path: Path) -> bool:
+def _mark(out: Path) -> dict[str, Any]:
+    """What config.json in a run's folder says; empty if it is missing or another program's."""
     try:
-        facts = json.loads(path.read_text("utf-8"))
+        facts = json.loads((out / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(facts, dict) and facts.get("made by") == MADE_BY
+        return {}
+    return facts if isinstance(facts, dict) and facts.get("made by") == MADE_BY else {}
 
 
 class _Run:
@@ -135,6 +160,7 @@ class _Run:
         self.out = Path(config.out)
         self.console = Console(stderr=True, quiet=not accelerator.is_main_process)
         self.state = self.out / "state" / "latest.safetensors"
+        self.finished: int | None = None
 
     def go(self, resume: bool, dry_run: bool) -> None:
         """Do all of it."""
@@ -153,7 +179,8 @@ class _Run:
         resumed = resume and self.state.exists()
         if resumed:
             tuning.load(self.state)
-            if tuning.done >= training.steps and (self.out / "model").exists():
+            self.finished = _mark(self.out).get("finished")
+            if tuning.done >= training.steps and tuning.done == self.finished and (self.out / "model").exists():
                 raise UserError(
                     f"the run in {str(self.out)!r} is finished, at step {tuning.done}. To go on, raise `steps`."
                 )
@@ -161,21 +188,31 @@ class _Run:
             for warning in tuning.check():
                 self.console.print(f"warning: {warning}", markup=False, soft_wrap=True)
         self.stop.check()
-        if self.accelerator.is_main_process:
-            facts = {"made by": MADE_BY, **dataclasses.asdict(self.config)}
-            write(self.out / "config.json", json.dumps(facts, indent=1))
+        self._describe()
         if not resumed:
             self._grid(tuning, "before")
+        elif self._has_grid(tuning.done) and not (self.out / "samples" / f"step-{tuning.done}.png").exists():
+            self._grid(tuning, f"step-{tuning.done}")  # the kill came before it
         self._loop(tuning)
         self._finish(tuning)
         self._say_left_out(folder)
         self.console.print(f"The model is in {self.out / 'model'}.", markup=False, soft_wrap=True)
 
+    def _describe(self) -> None:
+        """Write config.json: the config, whether a state was saved, and the step that `model` is of, if there is one."""
+        if self.accelerator.is_main_process:
+            facts = {"made by": MADE_BY, "saved": self.state.exists(), "finished": self.finished}
+            write(self.out / "config.json", json.dumps(facts | dataclasses.asdict(self.config), indent=1))
+
+    def _has_grid(self, step: int) -> bool:
+        training = self.config.training
+        return bool(training.sample_every) and step % training.sample_every == 0 and step != training.steps
+
     def _say_left_out(self, folder: folders.Folder) -> None:
         if folder.left_out:
             self.console.print(f"{len(folder.left_out)} files are left out:", markup=False, soft_wrap=True)
             for name in folder.left_out:
-                self.console.print(f"  {name}", markup=False, soft_wrap=True)
+                self.console.print(f"  {plain(name)}", markup=False, soft_wrap=True)
 
     def _loop(self, tuning: Tuning) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -203,10 +240,13 @@ class _Run:
                 bar.update(task, completed=tuning.done)
                 asked = self._asked()
                 if asked or last or tuning.done % training.checkpoint_every == 0:
+                    first = not self.state.exists()
                     tuning.save(self.state)
+                    if first:  # from now on a missing state is a fault
+                        self._describe()
                 if asked:
                     raise Interrupted
-                if training.sample_every and tuning.done % training.sample_every == 0 and not last:
+                if self._has_grid(tuning.done):
                     self._grid(tuning, f"step-{tuning.done}")
 
     def _asked(self) -> bool:
@@ -250,4 +290,6 @@ class _Run:
 
             with tuning.averaged():
                 write_folder(self.out / "model", fill)
+            self.finished = tuning.done
+            self._describe()
         self.accelerator.wait_for_everyone()

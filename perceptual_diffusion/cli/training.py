@@ -161,6 +161,7 @@ class FineTuning:
         key: dict[str, Any],
         every: int = 50,
         progress: Callable[[int, dict[str, float]], None] | None = None,
+        saved: Callable[[], None] = lambda: None,
     ) -> Any:
         """Train to `steps`, saving the state on the way, and return the averaged model.
 
@@ -171,6 +172,7 @@ class FineTuning:
             key: what the run depends on; a state with another key is refused.
             every: steps between two saved states.
             progress: called with the step and its losses.
+            saved: called after each state is saved.
 
         Raises:
             Interrupted: a stop was asked for; the state is saved.
@@ -186,6 +188,7 @@ class FineTuning:
                 progress(self.done, row)
             if stop.asked or self.done % every == 0 or self.done == steps:
                 self._save(state, key)
+                saved()
             stop.check()
         averaged = copy.deepcopy(self.average.module)
         for parameter, trained in zip(averaged.parameters(), self.model.parameters(), strict=True):

@@ -197,10 +197,12 @@ class Tuning:
             tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
             for index, values in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-            scaler = self.accelerator.scaler
+            scaler, monitor = self.accelerator.scaler, self.monitor
+            if monitor._sums is not None:  # what the next row of the log is a mean of
+                tensors["monitor"] = monitor._sums
             meta = {
                 "made by": MADE_BY, "key": self.key(), "done": self.done,
-                "scaler": None if scaler is None else scaler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(), "monitor": monitor._names,
             }  # fmt: skip
             save_state(path, tensors | {"streams": everyones}, meta)
         self.accelerator.wait_for_everyone()
@@ -234,9 +236,11 @@ class Tuning:
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(meta["scaler"])
             self._set_streams(tensors["streams"][self.accelerator.process_index])
+            if self.accelerator.is_main_process:  # the log is its own
+                self.monitor._names, self.monitor._sums = tuple(meta.get("monitor", ())), tensors.get("monitor")
             self.done = int(meta["done"])
         except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"the state {str(path)!r} does not fit this run: {error}. Delete {str(path.parent)!r} and start again.") from error  # fmt: skip
+            raise UserError(f"the state {str(path)!r} does not fit this run: {error}. Start again with another `out`.") from error  # fmt: skip
 
     def _set_streams(self, states: Tensor) -> None:
         device, cuda = self.accelerator.device, self.accelerator.device.type == "cuda"
