@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -70,3 +71,89 @@ def test_an_extra_brings_what_is_imported(extra, files):
     needed = {NAMES.get(name, name).replace("_", "-") for name in modules}
     indirect = {"numpy", "huggingface-hub"}  # of torch and diffusers
     assert needed - indirect <= brought_by(extra)
+
+
+# --- dependencies -----------------------------------------------------------------------------------------------------
+
+LOCKS = ("requirements.txt", "requirements-build.txt")
+
+
+def locked(name):
+    """Requirements of a lock, and their hashes."""
+    text = (ROOT / ".ci" / name).read_text("utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            requirement, *hashes = re.split(r"\s+--hash=", line)
+            yield Requirement(requirement), hashes
+
+
+def ranges(extra=None):
+    """What pyproject.toml asks for, with the extras that an extra names."""
+    lines = PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
+    for line in lines:
+        if own := re.match(r"perceptual-diffusion\[(.*)\]", line):
+            for inner in own[1].split(","):
+                yield from ranges(inner)
+        else:
+            yield Requirement(line)
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_fixes_every_package_by_version_and_hash_and_names_no_host(name):
+    found = list(locked(name))
+    assert len(found) > 5
+    for requirement, hashes in found:
+        assert re.fullmatch(r"==[\w.!+-]+", str(requirement.specifier)), requirement
+        assert hashes, requirement
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", value.strip()) for value in hashes), requirement
+    text = (ROOT / ".ci" / name).read_text("utf-8")
+    assert "://" not in text
+    assert not re.search(r"^ *-", re.sub(r"^ +--hash=", "", text, flags=re.MULTILINE), re.MULTILINE), "an option"
+
+
+def test_the_lock_holds_all_that_the_tests_need_in_the_ranges_that_are_allowed():
+    found = {requirement.name.lower().replace("_", "-"): requirement for requirement, _ in locked("requirements.txt")}
+    for needed in [
+        *ranges(),
+        *ranges("dev"),
+        Requirement("hatchling>=1.25"),
+        Requirement("pip-audit"),
+        Requirement("editables"),
+    ]:
+        exact = found[needed.name.lower().replace("_", "-")]
+        assert needed.specifier.contains(str(exact.specifier).removeprefix("==")), exact
+
+
+def test_dependencies_have_floors_and_no_ceilings():
+    """CONTRIBUTING.md says why; torchvision and torch go together, so torch's floor is enough."""
+    for extra in (None, *PROJECT["optional-dependencies"]):
+        for requirement in ranges(extra):
+            signs = {part.operator for part in requirement.specifier}
+            assert signs <= {">=", "!="}, requirement
+            assert ">=" in signs or requirement.name == "torchvision", requirement
+
+
+def test_a_release_is_built_from_locked_tools_alone():
+    text = (ROOT / ".github/workflows/publish.yml").read_text("utf-8")
+    build = text[text.index("  build:") : text.index("  smoke:")]
+    assert re.findall(r"pip install (.+)", build) == ["--require-hashes -r .ci/requirements-build.txt"]
+    assert "build --no-isolation" in build
+    assert "needs: [build, smoke]" in text
+    assert "id-token" not in text[: text.index("  publish:")]
+
+
+def test_every_night_the_slow_tests_the_oldest_the_newest_and_the_locked_versions_run():
+    text = (ROOT / ".github/workflows/nightly.yml").read_text("utf-8")
+    assert set(re.findall(r"run: bash (\S+)", text)) == {".ci/nightly", ".ci/matrix", ".ci/locked"}
+    assert re.findall(r"versions: (\w+)", text) == ["oldest", "newest"]
+    script = (ROOT / ".ci/locked").read_text("utf-8")
+    assert "--require-hashes -r .ci/requirements.txt" in script
+    assert 'pip-audit" --strict' in script  # else a package that could not be looked up counts as a good one
+
+
+def test_dependabot_proposes_newer_actions_and_locked_packages():
+    text = (ROOT / ".github/dependabot.yml").read_text("utf-8")
+    assert re.findall(r"package-ecosystem: (\S+)\n    directory: (\S+)", text) == [
+        ("github-actions", "/"),
+        ("pip", "/.ci"),
+    ]

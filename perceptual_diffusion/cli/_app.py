@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from perceptual_diffusion import __version__
-from perceptual_diffusion.cli import _app_tools
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli import _app_tools, _paths
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -40,15 +39,15 @@ def demo(
     resume: Annotated[bool, typer.Option(help="Continue an interrupted run in --out.")] = False,
 ) -> None:
     """Fine-tune the packaged model with the self-perceptual objective and with MSE, and compare their samples."""
-    from perceptual_diffusion.cli.demo import Settings, run
+    with _app_tools.refusing():
+        from perceptual_diffusion.cli.demo import Settings, run
 
-    try:
+        out = _paths.path(out, "--out")
+        _paths.refuse_links(out, f"--out {str(out)!r}")
+
         finished = run(
             Settings(steps=steps, seed=seed, device=device, dataset=dataset, samples=samples), out=out, resume=resume
         )
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if not finished:
         raise typer.Exit(130)
 
@@ -80,11 +79,8 @@ def inspect(
         target=model, layers=tuple(layers or ()), size=size, batch=batch, inputs=inputs, prediction=prediction,
         probe=probe, plot=plot,
     )  # fmt: skip
-    try:
+    with _app_tools.refusing():
         run(settings, as_json=as_json)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 @app.command()
@@ -94,13 +90,10 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="Print the plan and the cost; write nothing.")] = False,
 ) -> None:
     """Fine-tune a pipeline of diffusers on a folder of pictures; `accelerate launch -m perceptual_diffusion train` on several devices."""
-    try:
+    with _app_tools.refusing():
         from perceptual_diffusion.cli.train import run
 
         finished = run(config, resume=resume, dry_run=dry_run)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if not finished:
         raise typer.Exit(130)
 

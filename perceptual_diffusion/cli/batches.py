@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from perceptual_diffusion.cli._errors import UserError
-from perceptual_diffusion.cli.folders import Item, open_picture
+from perceptual_diffusion.cli._pictures import open_picture
+from perceptual_diffusion.cli.folders import Item
 from perceptual_diffusion.cli.pipelines import Batch
 
 
@@ -35,7 +36,7 @@ class Pictures(Dataset[Batch]):
         path, side = self.items[index].path, self.side
         try:
             picture = open_picture(path)
-        except (OSError, ValueError, SyntaxError) as error:  # it was whole when the run started
+        except OSError as error:  # it was whole when the run started
             raise UserError(
                 f"the picture {str(path)!r} cannot be read any more: {error}. Mend it, then use --resume."
             ) from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perceptual_diffusion.cli import _paths
 from perceptual_diffusion.cli._errors import UserError
 from perceptual_diffusion.distances import NAMED as DISTANCES
 from perceptual_diffusion.renoising import FORMULATIONS
@@ -33,8 +34,8 @@ class Training:
     """How long, how fast and in what precision."""
 
     steps: int = _key(1000, "steps of the optimizer", least=1)
-    batch: int = _key(8, "samples that a process takes through the model at a time", least=1)
-    accumulate: int = _key(1, "batches whose gradients are added up for a step", least=1)
+    batch: int = _key(8, "samples that a process takes through the model at a time", least=1, most=65536)
+    accumulate: int = _key(1, "batches whose gradients are added up for a step", least=1, most=65536)
     lr: float = _key(1e-5, "learning rate of AdamW", most=1)
     warmup: int = _key(20, "steps over which the learning rate rises")
     clip: float = _key(1.0, "norm that gradients are clipped to", least=1e-12)
@@ -95,8 +96,8 @@ def load(path: Path) -> Config:
         UserError: it cannot be read, or something in it is wrong; the message says where.
     """
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _paths.text(path)
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(
             f"CONFIG is {str(path)!r}, which cannot be read: {reason}. Give a TOML or JSON file."
@@ -110,13 +111,14 @@ def load(path: Path) -> Config:
         place = _Place(path, text, "objective")
         raise UserError(f"{place('teacher')}`teacher` is 'lora', but `lora_rank` is 0. Set `lora_rank`, or use 'copy'.")
     base = path.resolve().parent
-    model = base / Path(config.model).expanduser()
+    model, data, out = (base / _paths.path(getattr(config, name), f"`{name}`") for name in ("model", "data", "out"))
+    _paths.refuse_links(out, f"`out` {str(out)!r}")
     hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", config.model) and not model.exists()
     return dataclasses.replace(
         config,
         model=config.model if hub else str(model),
-        data=str(base / Path(config.data).expanduser()),
-        out=str(base / Path(config.out).expanduser()),
+        data=str(data),
+        out=str(out),
     )
 
 
@@ -243,5 +245,8 @@ def _value(name: str, value: Any, kind: Any, spec: Any, place: _Place) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, which TOML can write in base 16
+        return f"a {type(value).__name__} that is too long to be written"
     return text if len(text) <= 60 else f"{text[:57]}..."

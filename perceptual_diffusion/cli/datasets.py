@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli import folders
+from perceptual_diffusion.cli._errors import UserError, plain
+from perceptual_diffusion.cli._pictures import open_picture
 
 SIZE = 32
 LEAST = 4
 """The smallest number of pictures in a folder."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -218,22 +218,15 @@ def _folder(folder: Path) -> Split:
     import numpy as np
     from PIL import Image, ImageOps
 
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise UserError(
-            f"the folder {str(folder)!r} holds no picture ({', '.join(SUFFIXES)}). Give a folder with pictures in it."
-        )
+    paths = folders.pictures(folder)
     classes = tuple(sorted({p.relative_to(folder).parts[0] if p.parent != folder else "" for p in paths}))
     images, labels, unreadable = [], [], []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                rgba = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            rgb = open_picture(path)
+        except OSError as error:
             unreadable.append(f"{path.name}: {error}")
             continue
-        white = Image.new("RGBA", rgba.size, "white")
-        rgb = Image.alpha_composite(white, rgba).convert("RGB")
         images.append(
             torch.from_numpy(np.array(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))).permute(2, 0, 1)
         )
@@ -244,7 +237,7 @@ def _folder(folder: Path) -> Split:
             f"the first failures: {'; '.join(unreadable[:3]) or 'none'}."
         )
     pictures = Pictures(
-        name=folder.resolve().name,
+        name=plain(folder.resolve().name),
         images=torch.stack(images),
         labels=torch.tensor(labels),
         classes=tuple(name or "picture" for name in classes),
@@ -252,8 +245,3 @@ def _folder(folder: Path) -> Split:
     )
     split = _tenth(pictures)
     return Split(train=split.train, held_out=split.held_out, unreadable=len(unreadable))
-
-
-def _eight_bit(image: Any) -> Any:
-    """Give a picture of 16 bits per pixel 8, which Pillow's own conversion would clip to white."""
-    return image.point(lambda value: value / 257).convert("L") if image.mode.startswith("I") else image

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from perceptual_diffusion.cli import metrics, sample, samplers
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli import _paths, metrics, sample, samplers
+from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.files import write_folder
 from perceptual_diffusion.cli.inception import Inception
 from perceptual_diffusion.cli.seeing import LEAST, THUMBNAIL, Seen, files, see
@@ -83,11 +83,11 @@ def run(
             raise UserError(
                 f"--samples keeps the samples of one model, and {len(made) or 'none'} of A and B is one. Leave it out."
             )
-        keep = keep.expanduser().resolve()
+        keep = _paths.path(keep, "--samples").resolve()
         sample.check_out(keep, overwrite)
     network = _network(settings)
-    paths = {key: files(Path(name).expanduser()) for key, name in named.items() if key not in made}
-    train = None if settings.train is None else files(Path(settings.train).expanduser())
+    paths = {key: files(_paths.path(name, key.upper())) for key, name in named.items() if key not in made}
+    train = None if settings.train is None else files(_paths.path(settings.train, "--train"))
     facts: dict[str, Any] = {"network": _about(network), "settings": asdict(settings), "versions": samplers.versions()}
     try:
         with Stop().listening() as stop, tempfile.TemporaryDirectory() as temporary:
@@ -138,7 +138,7 @@ def _draw(sampler: samplers.Sampler, root: Path, stop: Stop) -> None:
 
 def _is_model(name: str) -> bool:
     """Whether it is a pipeline: its folder, or, where there is no such folder, a hub id."""
-    path = Path(name).expanduser()
+    path = _paths.path(name, "A or B")
     return (path / "model_index.json").is_file() or (not path.exists() and re.fullmatch(HUB_ID, name) is not None)
 
 
@@ -147,7 +147,7 @@ def _network(settings: Settings) -> nn.Module:
 
     device = _device(settings.device)
     if settings.network == "inception":
-        return Inception(None if settings.weights is None else Path(settings.weights).expanduser()).to(device)
+        return Inception(None if settings.weights is None else _paths.path(settings.weights, "--weights")).to(device)
     return metrics.Network(settings.resolution).to(device)
 
 
@@ -226,7 +226,8 @@ def show(facts: dict[str, Any]) -> None:
         about = facts[key]
         what = f", samples of seeds from {about['samples']['settings']['seed']}" if "samples" in about else ""
         console.print(
-            f"{key.upper()}  {about['path']}{what}: N = {about['n']}, {', '.join(about['sizes'][:3])}", soft_wrap=True
+            f"{key.upper()}  {plain(about['path'])}{what}: N = {about['n']}, {', '.join(about['sizes'][:3])}",
+            soft_wrap=True,
         )
     network = facts["network"]
     console.print(
@@ -248,7 +249,7 @@ def show(facts: dict[str, Any]) -> None:
                 f"(root mean square, {THUMBNAIL} x {THUMBNAIL} pixels in [0, 1], N = {near['n']})", soft_wrap=True
             )  # fmt: skip
     for line in facts["warnings"]:
-        console.print(f"note: {line}", soft_wrap=True)
+        console.print(f"note: {plain(line)}", soft_wrap=True)
 
 
 def _number(row: dict[str, Any]) -> str:

@@ -7,8 +7,6 @@ datasets), or in a .txt beside each picture; classes are subfolders. What cannot
 import csv
 import json
 import os
-import stat
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 from perceptual_diffusion.cli._errors import UserError
-from perceptual_diffusion.cli.datasets import SUFFIXES, _eight_bit
+from perceptual_diffusion.cli._pictures import SUFFIXES, open_picture
 
 Wanted = Literal["nothing", "classes", "captions"]
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -91,32 +89,13 @@ def pictures(root: Path) -> list[Path]:
     return found
 
 
-def open_picture(path: Path) -> Any:
-    """Open a picture as RGB, upright, on white, with 8 bits per pixel.
-
-    Raises:
-        OSError, ValueError, SyntaxError: it is broken or no regular file, or `Image.DecompressionBombError`.
-    """
-    from PIL import Image, ImageOps
-
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-        raise OSError("no regular file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on metadata of a picture
-        with Image.open(path) as image:
-            rgba = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
 def find_broken(paths: list[Path], progress: Callable[[], None] | None = None) -> dict[Path, str]:
     """Decode every picture, and give those that are broken with the reason."""
 
     def look(path: Path) -> tuple[Path, str]:
-        from PIL import Image
-
         try:
             open_picture(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except OSError as error:
             return path, str(error).replace(str(path), path.name) or type(error).__name__
         return path, ""
 

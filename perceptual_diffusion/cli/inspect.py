@@ -27,7 +27,7 @@ from perceptual_diffusion.schedules import Linear, Schedule
 from perceptual_diffusion.types import ModelCall
 
 WEAK = "The clean sample is normal noise: sensitivities and gradients on real data will differ. Give data with module:callable."
-PROBE_BATCH = 8
+PROBE_BATCH, LARGEST_BATCH = 8, 65536
 LARGEST = 3e9
 """Parameters of a model that is made only to be traced."""
 
@@ -58,8 +58,8 @@ def run(settings: Settings, *, as_json: bool) -> None:
     """
     if settings.plot is not None and not settings.probe:
         raise UserError("--plot draws the probe. Give --probe as well.")
-    if settings.batch is not None and settings.batch < 1:
-        raise UserError(f"--batch is {settings.batch}, expected at least 1.")
+    if settings.batch is not None and not 1 <= settings.batch <= LARGEST_BATCH:
+        raise UserError(f"--batch is {settings.batch}, expected at least 1 and at most {LARGEST_BATCH}.")
     _size(settings.size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the model and of its libraries
@@ -140,7 +140,7 @@ def _inputs(settings: Settings, target: loading.Target, model: nn.Module) -> tup
     batch = settings.batch or (PROBE_BATCH if settings.probe else 1)
     try:
         clean, cond = example(model, batch, size=_size(settings.size))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:  # the last two: more than the memory holds
         raise UserError(f"{str(error).removesuffix('Make the inputs yourself.')}{_MEND}") from error
     return clean, cond, True
 

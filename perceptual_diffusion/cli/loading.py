@@ -17,6 +17,7 @@ from torch import nn
 
 from perceptual_diffusion.adapters.diffusers import FAMILIES
 from perceptual_diffusion.adapters.schedulers import SCHEDULERS
+from perceptual_diffusion.cli import _paths
 from perceptual_diffusion.cli._errors import UserError
 
 FORMS = "a folder of diffusers, a hub id such as 'owner/model', or 'module:callable'"
@@ -26,6 +27,8 @@ CONFIGS = [
     "model_index.json", "config.json", *(f"{name}/config.json" for name in DENOISERS), "scheduler_config.json",
     "scheduler/scheduler_config.json",
 ]  # fmt: skip
+WIDEST, DEEPEST = 2**24, 4096
+"""The largest number in a config, and the largest number of layers, or of entries in a list."""
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index.json")
 
 
@@ -55,7 +58,7 @@ def load(name: str) -> Target:
     Raises:
         UserError: it cannot be found or read.
     """
-    folder = Path(name).expanduser()
+    folder = _paths.path(name, "the model")
     if folder.is_dir():
         return _from_folder(folder)
     if folder.is_file():
@@ -139,6 +142,7 @@ def _from_folder(folder: Path, hub: str | None = None) -> Target:
     if not (folder / "config.json").is_file():
         raise UserError(f"{str(folder)!r} holds no config.json or model_index.json. Give {FORMS}.")
     config = _json(folder / "config.json")
+    check_sizes(config, folder / "config.json")
     cls = _class(config.get("_class_name"), config, FAMILIES, folder / "config.json")
     public = {key: value for key, value in config.items() if not key.startswith("_")}
 
@@ -164,6 +168,7 @@ def _scheduler(folder: Path) -> Any:
     if not path.is_file():
         return None
     config = _json(path)
+    check_sizes(config, path)
     cls = _class(config.get("_class_name"), config, SCHEDULERS, path)
     try:
         return cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})
@@ -192,9 +197,30 @@ def _class(name: Any, config: dict[str, Any], table: Any, path: Path) -> Any:
     return getattr(diffusers, name)
 
 
+def check_sizes(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config whose numbers or lists are larger than those of any model: they would take all memory, or all time.
+
+    Raises:
+        UserError: a value is too large; the message names it.
+    """
+    todo: list[tuple[str, Any]] = list(config.items())
+    for key, value in todo:
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else ((key, item) for item in value)
+            todo.extend((str(name), item) for name, item in inner)
+        size = len(value) if isinstance(value, list | dict) else value
+        deep = isinstance(value, list | dict) or re.search("layers|depth|blocks", key)
+        most = DEEPEST if deep and key != "trained_betas" else WIDEST
+        if isinstance(size, int) and abs(size) > most:
+            what = f"{size} entries long" if isinstance(value, list | dict) else "too large a number"
+            raise UserError(
+                f"`{key[:80]}` in {str(path)!r} is {what}, expected at most {most}. Use the config of a model as it was released."
+            )
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(_paths.text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}. Download it again.") from error
     if not isinstance(value, dict):

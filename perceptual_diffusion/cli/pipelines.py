@@ -325,6 +325,8 @@ def _find(name: str) -> tuple[Path, Any, dict[str, None]]:
         folder = loading._download(name, ["model_index.json"])
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{str(folder)!r} holds no model_index.json. Give the folder of a diffusers pipeline.")
+    for part in sorted((*folder.glob("*/config.json"), *folder.glob("*/scheduler_config.json"))):
+        loading.check_sizes(loading._json(part), part)
     return folder, *_checked(folder / "model_index.json")
 
 

@@ -11,7 +11,7 @@ import torch
 
 from perceptual_diffusion import __version__
 from perceptual_diffusion.cli import inspect, loading
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.config import Config
 from perceptual_diffusion.cli.tuning import Tuning
 from perceptual_diffusion.inspection import StepCost, weights_held
@@ -49,9 +49,9 @@ def plan(config: Config, tuning: Tuning, warnings: list[str]) -> str:
         "teacher": f"{config.objective.teacher}, holds {held:,} weights, {size / 2**20:,.1f} MiB",
         "out": f"{config.out}: log.jsonl, tensorboard/, samples/, state/, model/",
     }
-    lines = [f"{name:<16} {value}" for name, value in rows.items()]
-    lines += [f"left out         {name}" for name in folder.left_out[:20]]
-    return "\n".join([*lines, *(f"warning          {warning}" for warning in warnings)])
+    lines = [f"{name:<16} {plain(value)}" for name, value in rows.items()]
+    lines += [f"left out         {plain(name)}" for name in folder.left_out[:20]]
+    return "\n".join([*lines, *(f"warning          {plain(warning)}" for warning in warnings)])
 
 
 def recipe(config: Config) -> str:
@@ -66,7 +66,7 @@ def card(config: Config, tuning: Tuning, command: str) -> str:
     training, folder = config.training, tuning.folder
     samples = training.batch * training.accumulate * tuning.accelerator.num_processes
     teacher: Any = tuning.objective.teacher
-    base = config.model if not Path(config.model).is_absolute() else Path(config.model).name
+    base = _code(config.model if not Path(config.model).is_absolute() else Path(config.model).name)
     lora = f", as LoRA layers of rank {training.lora_rank}" if training.lora_rank else ""
     settings = {"training": vars(training), "objective": vars(config.objective)}
     return f"""---
@@ -76,7 +76,7 @@ tags: [perceptual-diffusion]
 
 # {type(tuning.loaded.pipeline).__name__} fine-tuned with perceptual-diffusion
 
-`{base}`, fine-tuned{lora} with the self-perceptual objective of Lin & Yang (arXiv 2401.00110). The weights are the running average.
+{base}, fine-tuned{lora} with the self-perceptual objective of Lin & Yang (arXiv 2401.00110). The weights are the running average.
 
 | | |
 |---|---|
@@ -85,7 +85,7 @@ tags: [perceptual-diffusion]
 | data | {len(folder.items)} pictures{_classes(tuning)}, {tuning.side} x {tuning.side} pixels; {len(folder.left_out)} files left out |
 | steps | {tuning.done} of {samples} samples |
 | seed | {training.seed} |
-| command | `{command}` |
+| command | {_code(command)} |
 | versions | {_versions()} |
 
 What this did to the samples has not been measured here: compare with the base, for example by `perceptual-diffusion evaluate`. The licence is that of the base and of the data.
@@ -94,6 +94,11 @@ What this did to the samples has not been measured here: compare with the base, 
 {json.dumps(settings, indent=1)}
 ```
 """
+
+
+def _code(text: str) -> str:
+    """A name or a command as code in Markdown, in which it cannot be anything else."""
+    return f"`{plain(text).replace('`', '’').replace('|', '¦')}`"
 
 
 def _classes(tuning: Tuning) -> str:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from perceptual_diffusion.cli._errors import UserError
+from perceptual_diffusion.cli import _paths
+from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.files import write_folder
 from perceptual_diffusion.cli.samplers import Sampler, Settings
 from perceptual_diffusion.cli.training import Interrupted, Stop
@@ -46,7 +47,7 @@ def run(
     Raises:
         UserError: the model, a setting or `out` cannot be used.
     """
-    out = out.expanduser().resolve()
+    out = _paths.path(out, "--out").resolve()
     check_out(out, overwrite)
 
     def fill(folder: Path) -> None:
@@ -100,10 +101,10 @@ def check_out(out: Path, overwrite: bool) -> None:
     try:
         for name in ("", *(f"{name}/" for name in NAMES)):
             if (out / name / RECORD).is_file():
-                record = json.loads((out / name / RECORD).read_text("utf-8"))
+                record = json.loads(_paths.text(out / name / RECORD))
                 ours |= {f"{name}{row['file']}" for row in record.get("pictures", []) if record["made by"] == MADE_BY}
         strange = sorted({str(path.relative_to(out)) for path in out.rglob("*")} - ours)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         strange = [RECORD]
     if strange or not (out / RECORD).is_file():
         raise UserError(
@@ -127,7 +128,7 @@ def draw(sampler: Sampler, folder: Path, stop: Stop) -> list[Any]:
     """
     n, rows, shown = sampler.n, list[dict[str, Any]](), list[Any]()
     with progress() as bar:
-        task = bar.add_task(f"sampling {Path(sampler.name).name}", total=n)
+        task = bar.add_task(f"sampling {plain(Path(sampler.name).name)}", total=n)
         for batch in sampler.pictures():
             for row, picture in batch:
                 name = f"{len(rows):0{len(str(n - 1)):d}d}.png"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from perceptual_diffusion import __version__
-from perceptual_diffusion.cli import folders, pipelines
+from perceptual_diffusion.cli import _paths, folders, pipelines
 from perceptual_diffusion.cli._errors import UserError
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -182,7 +182,7 @@ class Sampler:
 
     def facts(self) -> dict[str, Any]:
         """Say what was sampled, and how, as JSON can hold it."""
-        scheduler = json.loads(self.pipe.scheduler.to_json_string())
+        scheduler = json.loads(json.dumps(dict(self.pipe.scheduler.config), default=str))
         settings = {key: value for key, value in asdict(self.settings).items() if key not in ("prompts", "classes")}
         settings |= {"n": self.n, "guidance": self.guidance}
         return {
@@ -208,7 +208,7 @@ def _load(name: str, settings: Settings) -> pipelines.Pipeline:
     from perceptual_diffusion.cli.demo import _device
 
     device, dtype = _device(settings.device), PRECISIONS[settings.precision]
-    folder = Path(name).expanduser()
+    folder = _paths.path(name, "the model")
     try:
         with _quiet() if folder.is_dir() else nullcontext():  # a download shows its own bars
             loaded = pipelines.load(str(folder), dtype)
@@ -247,7 +247,7 @@ def _use_trailing(pipe: Any) -> str:
 
 def _load_lora(pipe: Any, cls: str, name: str) -> None:
     """Add the LoRA weights in a folder to a pipeline."""
-    folder = Path(name).expanduser()
+    folder = _paths.path(name, "--lora")
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(
@@ -257,7 +257,7 @@ def _load_lora(pipe: Any, cls: str, name: str) -> None:
         raise UserError(f"--lora is given, but {cls} takes none in diffusers. Leave --lora out.")
     try:
         with _quiet():
-            pipe.load_lora_weights(str(folder), weight_name=files[0].name, local_files_only=True)
+            pipe.load_lora_weights(str(folder), weight_name=files[0].name, local_files_only=True, use_safetensors=True)
     except Exception as error:  # diffusers, peft and safetensors each have their own
         raise UserError(f"--lora {name!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
     if not any("lora_" in key for part in pipe.components.values() for key in getattr(part, "state_dict", dict)()):

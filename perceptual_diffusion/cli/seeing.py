@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from perceptual_diffusion.cli import folders, loading, metrics, sample
+from perceptual_diffusion.cli import _paths, _pictures, folders, loading, metrics, sample
 from perceptual_diffusion.cli._errors import UserError
 from perceptual_diffusion.cli.training import Stop
 
@@ -53,9 +53,13 @@ def files(root: Path) -> list[Path]:
         )
     try:
         names = [Path(row["file"]) for row in rows["pictures"]]
-    except (KeyError, TypeError) as error:
+        if not names:
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{str(record)!r} was not written by `perceptual-diffusion sample`. Remove it.") from error
-    return [root / name for name in names if len(name.parts) == 1]
+    if any(len(name.parts) != 1 or _paths.path(root / name, "`file`").is_symlink() for name in names):
+        raise UserError(f"{str(record)!r} names a picture outside of its folder. Give the folder as it was sampled.")
+    return [root / name for name in names]
 
 
 @torch.no_grad()
@@ -74,7 +78,6 @@ def see(network: nn.Module, name: str, paths: list[Path], stop: Stop, *, small: 
         UserError: too few pictures can be read.
     """
     import numpy as np
-    from PIL import Image
 
     device = next(network.parameters()).device
     waiting: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
@@ -94,9 +97,9 @@ def see(network: nn.Module, name: str, paths: list[Path], stop: Stop, *, small: 
     with sample.progress() as bar:
         for index, path in enumerate(bar.track(paths, description=f"reading {name}")):
             try:
-                picture = folders.open_picture(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                broken.append(f"{path.name}: {str(error).replace(str(path), path.name)}")
+                picture = _pictures.open_picture(path)
+            except OSError as error:
+                broken.append(f"{path.name}: {str(error).replace(repr(str(path)), repr(path.name))}")
                 continue
             size = picture.size
             sizes.add(size)

@@ -9,7 +9,7 @@ def show(facts: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
     family = facts["family"] or "unknown family"
