@@ -6,7 +6,17 @@ objective = SelfPerceptualObjective.wrap(model, noise_scheduler)
 loss = objective(model, latents, cond={"encoder_hidden_states": text})
 """
 
-from perceptual_diffusion import adapters, checks, distances, parameterizations, schedules, teachers, timesteps, weights
+from perceptual_diffusion import (
+    adapters,
+    checks,
+    distances,
+    nonfinite,
+    parameterizations,
+    schedules,
+    teachers,
+    timesteps,
+    weights,
+)
 from perceptual_diffusion.inspection import probe_layers
 from perceptual_diffusion.monitor import Monitor
 from perceptual_diffusion.objective import SelfPerceptualObjective
@@ -19,6 +29,7 @@ __all__ = [
     "adapters",
     "checks",
     "distances",
+    "nonfinite",
     "parameterizations",
     "probe_layers",
     "schedules",

@@ -150,22 +150,23 @@ class Alias:
 
     def _index(self) -> None:
         """List what is shared and what is the alias's own, for the look before each pass."""
-        self._shared: list[tuple[dict[str, Any], str, Tensor, _Pair]] = []
-        self._owned: list[tuple[dict[str, Any], dict[str, Any], str]] = []
-        self._buffers: list[tuple[dict[str, Any], dict[str, Any], str, int]] = []
+        shared: list[tuple[dict[str, Any], str, Tensor, _Pair]] = []
+        owned: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        listed: list[tuple[dict[str, Any], dict[str, Any], str, int]] = []
         for pair in self._pairs:
             own, theirs = pair.own._parameters, pair.source._parameters
             for name, parameter in own.items():
                 if parameter is not None and parameter is theirs.get(name):
-                    self._shared.append((theirs, name, parameter, pair))
+                    shared.append((theirs, name, parameter, pair))
                 elif parameter is not None:
-                    self._owned.append((own, theirs, name))
+                    owned.append((own, theirs, name))
             mine, buffers = pair.own._buffers, pair.source._buffers
             for name, buffer in mine.items():
                 if buffer is not None and buffer is buffers.get(name):
-                    self._buffers.append((mine, buffers, name, buffer._version))
+                    listed.append((mine, buffers, name, buffer._version))
                 elif buffer is not None:
-                    self._owned.append((mine, buffers, name))
+                    owned.append((mine, buffers, name))
+        self._shared, self._owned, self._buffers = shared, owned, listed
 
     def _check(self) -> None:
         """Refuse shared weights that are trained now or no longer whole, and take those that were replaced."""

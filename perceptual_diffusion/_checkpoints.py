@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from perceptual_diffusion.taps import hooked
+
 
 def unfreeze(module: nn.Module, run: Callable[[], Any]) -> bool:
     """Let modules that checkpoint themselves have the gradient of their parameters, which is then dropped.
@@ -22,7 +24,7 @@ def unfreeze(module: nn.Module, run: Callable[[], Any]) -> bool:
     found: list[nn.Module] = []
     seen = set()
 
-    def look(inner: nn.Module, args: Any, output: Any) -> None:
+    def look(inner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         for tensor in output if isinstance(output, tuple | list) else (output,):
             node = tensor.grad_fn if isinstance(tensor, Tensor) else None
             function = getattr(type(node), "_forward_cls", type(None))
@@ -31,12 +33,7 @@ def unfreeze(module: nn.Module, run: Callable[[], Any]) -> bool:
                 seen.add(node)
                 found.append(inner)
 
-    handles = [inner.register_forward_hook(look) for inner in module.modules()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooked(run, [(inner, look) for inner in module.modules()])
     for inner in found:
         for parameter in inner.parameters():
             parameter.requires_grad_(True).register_post_accumulate_grad_hook(_drop)

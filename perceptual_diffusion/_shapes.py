@@ -131,14 +131,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def describe(sample: Any) -> str:
+def describe(sample: Any, depth: int = 6) -> str:
     """The structure of a sample in words for an error: `(2, 4, 8, 8)`, or `{'video': (2, 4), 'audio': (2, 3)}`."""
     if isinstance(sample, Tensor):
         return str(tuple(sample.shape))
+    if isinstance(sample, dict | list | tuple) and not depth:  # it may hold itself
+        return "…"
     if isinstance(sample, dict):
-        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in sample.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {describe(value, depth - 1)}" for key, value in sample.items()) + "}"
     if isinstance(sample, list | tuple):
-        inside = ", ".join(describe(value) for value in sample)
+        inside = ", ".join(describe(value, depth - 1) for value in sample)
         return f"[{inside}]" if isinstance(sample, list) else f"tuple({inside})"
     return type(sample).__name__
 
@@ -180,18 +182,36 @@ def check_sample(name: str, sample: Any, like: Sample | None = None) -> None:
         raise TypeError(
             f"`{name}` is {_a(type(sample).__name__)}, expected a tensor of shape (B, *). Pass a torch.Tensor."
         )
-    if not sample.is_floating_point():
+    if not sample.is_floating_point() or sample.dtype.itemsize < 2:  # float8 stores numbers, and has no arithmetic
         raise TypeError(f"`{name}` has dtype {sample.dtype}, expected a floating dtype. Pass `{name}.float()`.")
+    if sample.layout != torch.strided or sample.is_nested:
+        raise TypeError(
+            f"`{name}` has the layout {sample.layout}, expected a dense tensor. Pass `{name}.to_dense()`, or a list of B tensors."
+        )
     if sample.ndim == 0:
         raise ValueError(f"`{name}` has shape (), expected (B, *). Add the batch dimension: `{name}[None]`.")
     if like is None:
+        if sample.device.type == "meta":
+            raise ValueError(f"`{name}` is on the meta device, where it has no values. Pass it with values.")
         return
     if not isinstance(like, Tensor) or sample.shape != like.shape:
-        raise ValueError(f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.")
+        raise ValueError(
+            f"`{name}` has shape {describe(sample)}, expected {describe(like)}, that of `clean`.{_doubled(sample, like) if name == 'model_pred' else ''}"
+        )
     if sample.device != like.device:
         raise ValueError(
             f"`{name}` is on {sample.device}, expected {like.device}, the device of `clean`. Move it there."
         )
+
+
+def _doubled(sample: Tensor, like: Any) -> str:
+    """What to do about a prediction that is twice as large in one dimension, as one with a learned variance is."""
+    if not isinstance(like, Tensor) or sample.ndim != like.ndim:
+        return ""
+    larger = [d for d in range(1, like.ndim) if sample.shape[d] != like.shape[d]]
+    if len(larger) != 1 or len(sample) != len(like) or sample.shape[larger[0]] != 2 * like.shape[larger[0]]:
+        return ""
+    return f" If half of it is a variance, pass `output=lambda output, x_t: output.narrow({larger[0]}, 0, {like.shape[larger[0]]})`."
 
 
 def _same_structure(sample: Any, like: Any) -> bool:

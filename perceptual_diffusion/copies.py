@@ -8,9 +8,8 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from perceptual_diffusion import taps
+
+_T = TypeVar("_T")
 
 CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "checkpoint")
 """Attributes by which models switch gradient checkpointing on: of diffusers, timm, ADM and CompVis."""
@@ -75,15 +76,13 @@ class Seen(TorchFunctionMode):
                 kept |= set() if kept.isdisjoint(inside) else inside
         return {m for m in model.modules() if m not in kept}
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record the modules that run inside; entering `self` records the tensors."""
-        handles = [m.register_forward_pre_hook(lambda module, args: self.ran.add(module)) for m in model.modules()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def watching(self, model: nn.Module, run: Callable[[], _T]) -> _T:
+        """Run something, and record the modules that run in it; entering `self` records the tensors."""
+
+        def ran(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.ran.add(module)
+
+        return taps.hooked(run, [(module, ran) for module in model.modules()], before=True)
 
 
 def frozen_copy(

@@ -15,22 +15,22 @@ EPS = 1e-8
 
 
 def mse(predicted: Tensor, true: Tensor) -> Tensor:
-    """Mean squared error (Lin & Yang, eq. 12)."""
+    """Mean squared error (Lin & Yang, eq. 12) of two features (B, *), one value per sample, shape (B,)."""
     return mean_per_sample((predicted - true).square())
 
 
 def mae(predicted: Tensor, true: Tensor) -> Tensor:
-    """Mean absolute error (Lin & Yang, table 4)."""
+    """Mean absolute error (Lin & Yang, table 4) of two features (B, *), one value per sample, shape (B,)."""
     return mean_per_sample((predicted - true).abs())
 
 
 def huber(predicted: Tensor, true: Tensor, *, delta: float = 1.0) -> Tensor:
-    """Huber's loss: half the squared error up to `delta`, linear beyond."""
+    """Huber's loss of two features (B, *), one value per sample, shape (B,): half the squared error up to `delta`, linear beyond."""
     return mean_per_sample(torch.nn.functional.huber_loss(predicted, true, reduction="none", delta=delta))
 
 
 def cosine(predicted: Tensor, true: Tensor) -> Tensor:
-    """One minus the cosine of the angle between the whole features.
+    """One minus the cosine of the angle between the whole features (B, *), one value per sample, shape (B,).
 
     Written as half the squared distance of the unit vectors, which is the same and exactly 0 for equal features. Against
     a feature that is all zero, it is 1/2.
@@ -43,7 +43,7 @@ def cosine(predicted: Tensor, true: Tensor) -> Tensor:
 def normalised(predicted: Tensor, true: Tensor) -> Tensor:
     """Squared distance of unit channel vectors, averaged over positions (Zhang et al. 2018, eq. 1, with unit weights).
 
-    The channels are dim 1 of maps and volumes and the last dim of tokens (B, N, C). A few channels of huge value, as
+    Of two features (B, *), one value per sample, shape (B,). The channels are dim 1 of maps and volumes and the last dim of tokens (B, N, C). A few channels of huge value, as
     transformers have them, weigh on the direction of each vector but no longer on its scale.
     """
     if predicted.ndim == 1:

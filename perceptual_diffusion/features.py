@@ -12,7 +12,7 @@ sample to the layer by itself.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,6 +64,9 @@ class Part:
     channel: int
     tokens: int | None = None
     picked: tuple[tuple[int, ...], ...] = ()
+    _indices: dict[tuple[int, torch.device], Tensor] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def take(self, layer: Captured, samples: int) -> Tensor | list[Tensor]:
         """Take the part out of what a layer gave.
@@ -79,31 +82,38 @@ class Part:
         tensor = layer.streams[self.stream]
         if self.tokens == self.batch:  # rows of all samples, packed into one sequence
             rows = [
-                _pick(tensor, self.batch, index).movedim((self.batch, self.channel), (0, -1)) for index in self.picked
+                self._pick(tensor, self.batch, i).movedim((self.batch, self.channel), (0, -1))
+                for i in range(len(self.picked))
             ]
             if len(rows) == samples:
                 rows = [row.reshape(1, -1, row.shape[-1]) for row in rows]
                 return torch.cat(rows) if len({row.shape for row in rows}) == 1 else rows
             return rows[0].reshape(samples, -1, rows[0].shape[-1])
         if len(self.picked) == 1 and self.tokens is not None:
-            tensor = _pick(tensor, self.tokens, self.picked[0])
+            tensor = self._pick(tensor, self.tokens, 0)
         place = 2 if tensor.ndim == 3 else min(1, tensor.ndim - 1)
         lists = [tensor]
         if len(self.picked) > 1 and self.tokens is not None:
             one = [tensor.narrow(self.batch, i, 1) for i in range(samples)]
-            lists = [_pick(row, self.tokens, index) for row, index in zip(one, self.picked, strict=True)]
+            lists = [self._pick(row, self.tokens, i) for i, row in enumerate(one)]
         if tensor.ndim > 1:
             lists = [item.movedim((self.batch, self.channel), (0, place)) for item in lists]
         if self.alternating:
             lists = [item.unflatten(0, (-1, samples)).transpose(0, 1).flatten(0, 1) for item in lists]
         return lists if len(self.picked) > 1 else lists[0]
 
-
-def _pick(tensor: Tensor, dim: int, places: tuple[int, ...]) -> Tensor:
-    """Select places, as a view where they are neighbours."""
-    if places[-1] - places[0] + 1 == len(places):
-        return tensor.narrow(dim, places[0], len(places))
-    return tensor.index_select(dim, torch.tensor(places, device=tensor.device))
+    def _pick(self, tensor: Tensor, dim: int, i: int) -> Tensor:
+        """Select the i-th of `picked`, as a view where they are neighbours. The index is copied to a device once."""
+        places = self.picked[i]
+        if places[-1] - places[0] + 1 == len(places):
+            return tensor.narrow(dim, places[0], len(places))
+        index = self._indices.get((i, tensor.device))
+        if index is None:
+            with torch.inference_mode(False):
+                index = torch.tensor(places, device=tensor.device)
+            if type(index) is Tensor:  # a fake one is for its mode alone
+                self._indices[i, tensor.device] = index
+        return tensor.index_select(dim, index)
 
 
 def locate(
@@ -125,7 +135,7 @@ def locate(
         for each layer its parts, at least one.
 
     Raises:
-        ValueError: a layer does not depend on the sample, or the samples cannot be told apart in it.
+        ValueError: a layer does not depend on the sample, or is not finite, or the samples cannot be told apart in it.
     """
     sample = map_leaves(lambda x: x.detach().nan_to_num(0, 0, 0), sample)
     everything = _disturb(sample)
@@ -153,9 +163,14 @@ def locate(
             continue
         if all(found):
             return found
-    blind = next(name for name, parts in zip(layers, found, strict=True) if not parts)
+    blind = next(i for i, parts in enumerate(found) if not parts)
+    if not all(bool(stream.isfinite().all()) for stream in base[blind].streams):
+        raise ValueError(
+            f"the teacher's layer {layers[blind]!r} gives NaN or infinity, so that the noisy sample's part of it cannot be found. Look "
+            "for them in the weights that `wrap` was given; float16 holds numbers up to 65504."
+        )
     raise ValueError(
-        f"the teacher's layer {blind!r} gives no gradient to the sample: it does not depend on it. Pass `layers=` that lie on "
+        f"the teacher's layer {layers[blind]!r} gives no gradient to the sample: it does not depend on it. Pass `layers=` that lie on "
         "the sample's path, and the `cond` of training."
     )
 

@@ -8,6 +8,7 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
@@ -19,11 +20,24 @@ from perceptual_diffusion._shapes import (
     check_sample,
     describe,
     first,
+    leaves,
     map_leaves,
     mean_square,
 )
+from perceptual_diffusion._subset import Batch, Student, check_alone, nothing, pick, runs
 from perceptual_diffusion.checks import Report, check
 from perceptual_diffusion.features import Features
+from perceptual_diffusion.nonfinite import (
+    INPUTS,
+    PREDICTION,
+    NonFinite,
+    NonFiniteError,
+    NonFiniteWarning,
+    Step,
+    check_policy,
+    in_words,
+    trace,
+)
 from perceptual_diffusion.parameterizations import Prediction, System
 from perceptual_diffusion.renoising import (
     FORMULATIONS,
@@ -101,6 +115,9 @@ class SelfPerceptualObjective:
         micro_batch: how many samples go through the teacher at a time; what it keeps for its backward is freed before the
             next. "auto": as many as keep that below a 32nd of the device's memory. None: plain autograd through the
             teacher, which can be differentiated twice and keeps everything until the student's backward.
+        nonfinite: what is done about samples whose loss, or its gradient to the prediction, is NaN or infinite. "propagate":
+            nothing, at no host sync. "raise": a `nonfinite.NonFiniteError` that says which and where it begins. "skip": the
+            step is made again without them, and their mean is that of the others; one `NonFiniteWarning`, and `left_out`.
 
     Raises:
         ValueError: a name is unknown, a number is out of range, or schedule and prediction are singular somewhere in
@@ -125,6 +142,7 @@ class SelfPerceptualObjective:
         t_range: tuple[float, float] | None = None,
         seed: int | None = None,
         micro_batch: MicroBatch = "auto",
+        nonfinite: NonFinite = "propagate",
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise TypeError(
@@ -159,10 +177,14 @@ class SelfPerceptualObjective:
         self.weight = weights.get(weight, schedule, self.prediction)
         self.seed = seed
         self.micro_batches = None if micro_batch is None else MicroBatches(micro_batch)
+        self.nonfinite = check_policy(nonfinite)
         self.terms: dict[str, Tensor] = {}
         """The last call's L_sp and L_mse, detached, shape (B,) each: for logging."""
         self.times: dict[str, Tensor] = {}
         """The last call's t and t_prime, shape (B,) each."""
+        self.left_out: dict[int, str] = {}
+        """The samples that the last call left out (`nonfinite="skip"`), and where what is not finite begins; `terms` and
+        `times` are without them."""
         self._generator: torch.Generator | None = None
 
     @classmethod
@@ -186,6 +208,7 @@ class SelfPerceptualObjective:
         t_range: tuple[float, float] | None = None,
         seed: int | None = None,
         micro_batch: MicroBatch = "auto",
+        nonfinite: NonFinite = "propagate",
         teacher_dtype: torch.dtype | None = None,
         compile: bool | Mapping[str, Any] = False,
         example: tuple[Sample, Cond | None] | None = None,
@@ -214,6 +237,7 @@ class SelfPerceptualObjective:
             t_range: see the constructor.
             seed: see the constructor.
             micro_batch: see the constructor.
+            nonfinite: see the constructor.
             teacher_dtype: floating dtype of the copy's weights; by default the model's. Half precision halves its memory, and
                 rounds the gradient, by most where t' is near t.
             compile: run the teacher as one graph of torch.compile, whose arguments a dict holds.
@@ -256,6 +280,7 @@ class SelfPerceptualObjective:
             t_range=t_range,
             seed=seed,
             micro_batch=micro_batch,
+            nonfinite=nonfinite,
         )
 
     def __call__(
@@ -293,10 +318,9 @@ class SelfPerceptualObjective:
         check_sample("clean", clean)
         like = first(clean)
         generator = self._source(like, generator)
+        self._check_times(({} if t is None else {"t": t}) | {"t_prime": t_prime}, like)
         if t is None:
             t = self._draw("t", self.t, like, None, generator)
-        else:
-            self._check_t(t, like)
         if noise is None:
             noise = map_leaves(
                 lambda x: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), clean
@@ -304,8 +328,18 @@ class SelfPerceptualObjective:
         else:
             check_sample("noise", noise, clean)
         cond = _check_cond(cond)
-        model_pred = self.call(model, mix_samples(clean, noise, self.schedule(t)), t, cond)
-        return self._loss(model_pred, clean, noise, t, cond, t_prime, None, reduction, generator)
+        student = None
+        if self.nonfinite == "skip":
+            check_alone("student", model)
+            student = Student(model, like.device)
+
+        def predict(part: Batch | None) -> Sample:
+            if part is None or student is None:
+                return self.output(self.call(model, mix_samples(clean, noise, self.schedule(t)), t, cond), clean)
+            x_t = mix_samples(part.clean, part.noise, self.schedule(part.t))
+            return self.output(self.call(student.rewound(), x_t, part.t, part.cond), part.clean)
+
+        return self._loss(predict, clean, noise, t, cond, t_prime, None, reduction, generator, student)
 
     def loss(
         self,
@@ -343,25 +377,29 @@ class SelfPerceptualObjective:
         _check_reduction(reduction)
         check_sample("clean", clean)
         check_sample("noise", noise, clean)
-        self._check_t(t, first(clean))
+        self._check_times({"t": t, "t_prime": t_prime}, first(clean))
         if x_t is not None:
             check_sample("x_t", x_t, clean)
-        return self._loss(
-            model_pred, clean, noise, t, cond, t_prime, x_t, reduction, self._source(first(clean), generator)
-        )
+        generator, cond = self._source(first(clean), generator), _check_cond(cond)
+
+        def predict(part: Batch | None) -> Sample:
+            whole = self.output(model_pred, clean)
+            return whole if part is None else pick(whole, runs(part.rows))
+
+        return self._loss(predict, clean, noise, t, cond, t_prime, x_t, reduction, generator, None)
 
     def add_noise(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
         """Give x_t = alpha_t clean + sigma_t noise (eq. 2), shape (B, *), for times t of shape (B,)."""
         check_sample("clean", clean)
         check_sample("noise", noise, clean)
-        self._check_t(t, first(clean))
+        self._check_times({"t": t}, first(clean))
         return mix_samples(clean, noise, self.schedule(t))
 
     def target(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
         """Give what the model is trained to predict, y = a_t clean + b_t noise, shape (B, *), for times t of shape (B,)."""
         check_sample("clean", clean)
         check_sample("noise", noise, clean)
-        self._check_t(t, first(clean))
+        self._check_times({"t": t}, first(clean))
         return mix_samples(clean, noise, self.prediction.row(self.schedule, t))
 
     def check(
@@ -403,63 +441,126 @@ class SelfPerceptualObjective:
             return
         if not isinstance(state, Tensor):
             raise TypeError(f"`state` is {state!r}, expected what `rng_state` gave, a uint8 tensor, or None.")
-        generator = torch.Generator(device)
         try:
+            generator = torch.Generator(device)
             generator.set_state(state.cpu())
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"`state` is no state of a generator on {device}: {error}. Pass what `rng_state` gave there."
+                f"`state` is no state of a generator on `device` {device!r}: {error}. Pass what `rng_state` gave there."
             ) from error
         self._generator = generator
 
     def _loss(
         self,
-        model_pred: Any,
+        predict: Callable[[Batch | None], Sample],
         clean: Sample,
         noise: Sample,
         t: Tensor,
-        cond: Cond | None,
+        cond: Cond,
         t_prime: Tensor | None,
         x_t: Sample | None,
         reduction: Reduction,
         generator: torch.Generator,
+        student: Student | None,
     ) -> Tensor:
         like = first(clean)
+        if self.nonfinite == "skip":
+            check_alone("teacher", getattr(self.teacher, "module", None))
+        predicted = predict(None)
         importance = None
         if t_prime is None:
             t_prime = self._draw("t_prime", self.t_prime, like, t, generator)
             if isinstance(self.t_prime, timesteps.Contributing):
                 importance = self.t_prime.weight(self.schedule, t, t_prime)
-        else:
-            self.schedule.check("t_prime", t_prime, len(like), like.device)
-        predicted = self.output(model_pred, clean)
-        check_sample("model_pred", predicted, clean)
-        system = System.of(self.schedule, self.prediction, t)
-        error = prediction_error(predicted, clean, noise, system)
-        excess = None if x_t is None else input_excess(x_t, clean, noise, system)
-        scales = self.schedule(t_prime)
+        batch = Batch(
+            rows=list(range(len(like))),
+            clean=clean,
+            noise=noise,
+            t=t,
+            cond=cond,
+            t_prime=t_prime,
+            x_t=x_t,
+            importance=importance,
+        )
+        step: Step | None = self._step(predicted, batch)
+        del predicted
+        self.left_out = {}
+        while self.nonfinite != "propagate" and step is not None and (bad := step.bad()):
+            batch = self._without(bad, step, batch, student)
+            step = None  # frees the graph of the step that was in vain
+            if batch.rows:
+                step = self._step(predict(batch), batch)
+        if step is None:
+            loss = nothing(leaves(predict(None)) if student is None else student.weights(), like.device)
+        if self.left_out:
+            told = in_words(self.left_out, t, t_prime)
+            warnings.warn(
+                f"samples whose loss or gradient is not finite are left out: {told}.", NonFiniteWarning, stacklevel=3
+            )
+        if step is None:
+            empty = loss.detach().new_zeros(0)
+            self.terms, self.times = {"sp": empty, "mse": empty}, {"t": t[:0], "t_prime": t_prime[:0]}
+            return loss.expand(len(like)) if reduction == "none" else loss
+        self.terms = {"sp": step.perceptual.detach(), "mse": step.mse.detach()}
+        self.times = {"t": batch.t.detach(), "t_prime": batch.t_prime.detach()}
+        loss = step.losses
+        if reduction == "mean":
+            return loss.sum() / max(1, len(loss))
+        if not self.left_out:
+            return loss
+        return loss.new_zeros(len(like)).index_put((torch.tensor(batch.rows, device=loss.device),), loss)
+
+    def _step(self, predicted: Sample, batch: Batch) -> Step:
+        check_sample("model_pred", predicted, batch.clean)
+        if self.nonfinite != "propagate":  # an alias: to look at its gradient wakes no hook on the student's own output
+            predicted = map_leaves(lambda x: x.view_as(x), predicted)
+        system = System.of(self.schedule, self.prediction, batch.t)
+        error = prediction_error(predicted, batch.clean, batch.noise, system)
+        excess = None if batch.x_t is None else input_excess(batch.x_t, batch.clean, batch.noise, system)
+        scales = self.schedule(batch.t_prime)
         if isinstance(self.t_prime, timesteps.Clean):
             scales = torch.ones_like(scales[0]), torch.zeros_like(scales[1])
-        x_tt = mix_samples(clean, noise, scales)
+        x_tt = mix_samples(batch.clean, batch.noise, scales)
         samples = renoise(x_tt, error, system=system, scales=scales, formulation=self.formulation, excess=excess)
         perceptual = staged.perceptual(
             self.teacher,
             samples,
             x_tt,
-            t_prime,
-            _check_cond(cond),
+            batch.t_prime,
+            batch.cond,
             distance=self.distance,
             micro_batches=self.micro_batches,
         )
-        if importance is not None:
-            perceptual = perceptual * importance.to(perceptual.dtype)
-        square = mean_square(error)
-        self.terms = {"sp": perceptual.detach(), "mse": square.detach()}
-        self.times = {"t": t.detach(), "t_prime": t_prime.detach()}
-        loss = perceptual + self.mse_weight * square if self.mse_weight else perceptual
+        if batch.importance is not None:
+            perceptual = perceptual * batch.importance.to(perceptual.dtype)
+        mse = mean_square(error)
+        losses = perceptual + self.mse_weight * mse if self.mse_weight else perceptual
         if self.weight is not None:
-            loss = loss * self._weigh(self.weight, t).to(loss.dtype)
-        return loss if reduction == "none" else loss.sum() / max(1, len(loss))
+            losses = losses * self._weigh(self.weight, batch.t).to(losses.dtype)
+        return Step(predicted=predicted, x_tt=x_tt, samples=samples, perceptual=perceptual, mse=mse, losses=losses)
+
+    def _without(self, bad: list[int], step: Step, batch: Batch, student: Student | None) -> Batch:
+        """Give the batch without its bad samples; or raise."""
+        seen = mix_samples(batch.clean, batch.noise, self.schedule(batch.t)) if batch.x_t is None else batch.x_t
+        where = trace(step, batch, seen, bad, self.teacher)
+        given = {i: began for i, began in where.items() if began in INPUTS}
+        named = {batch.rows[i]: began for i, began in where.items()}
+        if self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"the loss or its gradient is not finite: {in_words(named, batch.t, batch.t_prime)}. Mend what it begins in, or wrap "
+                "with `nonfinite='skip'`, which leaves such samples out.",
+                named,
+            )
+        if student is None and (given or PREDICTION in where.values()):
+            raise NonFiniteError(
+                f"the loss is not finite: {in_words(named, batch.t, batch.t_prime)}. The student's pass has to be made again without, "
+                "which `objective(model, clean)` does and `objective.loss` cannot: leave them out of the batch.",
+                named,
+            )
+        # where samples depend on each other, the rest may be bad by those
+        left_out = set(given or where)
+        self.left_out |= {batch.rows[i]: where[i] for i in left_out}
+        return batch.without(left_out, self.teacher, step.x_tt)
 
     def _weigh(self, weight: TimeFunction, t: Tensor) -> Tensor:
         value = weight(t)
@@ -469,13 +570,21 @@ class SelfPerceptualObjective:
             )
         return value
 
-    def _check_t(self, t: Any, like: Tensor) -> None:
-        self.schedule.check("t", t, len(like), like.device, *self.t_range)
+    def _check_times(self, times: Mapping[str, Any], like: Tensor) -> None:
+        """Look at times that are given; `t_prime` may be None."""
+        given = {name: value for name, value in times.items() if name == "t" or value is not None}
+        bounds = self.t_range if "t" in given else (None, None)
+        self.schedule.check_together(given, len(like), like.device, *bounds)
 
     def _draw(
         self, name: str, sampler: TimeSampler, like: Tensor, t: Tensor | None, generator: torch.Generator
     ) -> Tensor:
-        drawn = sampler(self.schedule, like, t=t, generator=generator)
+        try:
+            drawn = sampler(self.schedule, like, t=t, generator=generator)
+        except StopIteration as error:  # which would end a `map` around the objective in silence
+            raise ValueError(
+                f"the sampler of `{name}` has run out: it raised StopIteration. Pass one that draws in every call."
+            ) from error
         if type(sampler).__module__ != timesteps.__name__:  # a callable of the user's
             bounds = self.t_range if name == "t" else (None, None)
             self.schedule.check(name, drawn, len(like), like.device, *bounds)
@@ -521,7 +630,7 @@ def _regular_part(schedule: Schedule, prediction: Prediction, sampler: timesteps
 
 
 def _check_reduction(reduction: Any) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}, expected 'mean' or 'none'.")
 
 

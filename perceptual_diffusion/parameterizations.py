@@ -234,7 +234,8 @@ def convert(
     if bool(bad.any()):
         raise ValueError(_singular(schedule, source, float(t[bad][0])))
     a, b = to.row(schedule, t)
-    if not bool((a.isfinite() & b.isfinite()).all()):
+    dtype = compute_dtype(x_t, model_output)
+    if not bool((a.to(dtype).isfinite() & b.to(dtype).isfinite()).all()):
         raise ValueError(f"'{to.name}' is infinite at one of the times. Draw t where sigma is above 0.")
     return mix(*recover(x_t, model_output, system), a, b)
 

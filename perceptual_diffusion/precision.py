@@ -98,10 +98,9 @@ class Precision:
                     return attempt()
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
-                refused = error
-            if not torch.amp.is_autocast_available(device):
-                raise refused
+            except RuntimeError:
+                if not torch.amp.is_autocast_available(device):
+                    raise
         try:
             with torch.autocast(device, dtype=dtype):
                 result = attempt()

@@ -10,7 +10,7 @@ Ranks rise with t; where `noise_first`, rank 0 is the noise.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from perceptual_diffusion.types import TimeFunction
 
 NO_FLOAT64 = ("mps", "xla", "npu")
 """Device types whose schedules are computed in float32."""
+
+
+TIMES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Dtypes of times. bfloat16 has a message of its own."""
 
 
 class Schedule(ABC):
@@ -78,7 +82,7 @@ class Schedule(ABC):
         return self._rank_of(low), self._rank_of(high)
 
     def _rank_of(self, t: float) -> float:
-        return float(self.rank(torch.tensor([t], dtype=torch.float64)))
+        return float(self.rank(torch.tensor([t], dtype=torch.float64, device="cpu")))
 
     @property
     def drawn(self) -> tuple[float, float]:
@@ -130,6 +134,35 @@ class Schedule(ABC):
             low: the smallest time allowed; by default the schedule's.
             high: the largest time allowed; by default the schedule's.
         """
+        self.check_together({name: t}, batch, device, low, high)
+
+    def check_together(
+        self,
+        times: Mapping[str, Any],
+        batch: int | None = None,
+        device: torch.device | None = None,
+        low: float | None = None,
+        high: float | None = None,
+    ) -> None:
+        """Raise a TypeError or ValueError unless several batches of times are valid, with one wait for their device.
+
+        Args:
+            times: what the user gave, by the names of the arguments.
+            batch: as in `check`.
+            device: likewise.
+            low: the smallest of the first ones allowed; by default the schedule's.
+            high: the largest of the first ones allowed; by default the schedule's.
+        """
+        for name, t in times.items():
+            self._check_form(name, t, batch, device)
+        looks = [self._look(t) for t in times.values() if len(t)]
+        seen = iter(torch.stack(looks).tolist() if looks else ())  # one transfer
+        for name, t in times.items():
+            if len(t):
+                self._check_values(name, t.dtype, next(seen), low, high)
+            low = high = None
+
+    def _check_form(self, name: str, t: Any, batch: int | None, device: torch.device | None) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(
                 f"`{name}` is {type(t).__name__} {t!r}, expected a tensor of shape (B,), one time per sample."
@@ -138,8 +171,10 @@ class Schedule(ABC):
             raise TypeError(
                 f"`{name}` has dtype torch.bfloat16, which rounds 999 to 1000. Pass times as int64 or float32."
             )
-        if t.dtype == torch.bool or t.is_complex():
+        if t.dtype not in TIMES:
             raise TypeError(f"`{name}` has dtype {t.dtype}, expected an integer or float32. Pass `{name}.float()`.")
+        if t.layout != torch.strided:
+            raise TypeError(f"`{name}` is sparse, expected one number per sample. Pass `{name}.to_dense()`.")
         if t.ndim != 1:
             shape = f"({batch},)" if batch is not None else "(B,)"
             mend = f"Pass `{name}.flatten()`." if t.numel() == batch else f"Pass `{name}.expand(B)` of one number."
@@ -152,15 +187,20 @@ class Schedule(ABC):
             raise ValueError(
                 f"`{name}` is on {t.device}, expected {device}, the device of the sample. Pass `{name}.to({str(device)!r})`."
             )
-        if not len(t):
-            return
+
+    def _look(self, t: Tensor) -> Tensor:
+        """The least and the largest time, and whether one is NaN, or a fraction where that is none, shape (4,)."""
         fraction = (
             (t != t.round()).any() if self.discrete and t.is_floating_point() else t.new_zeros((), dtype=torch.bool)
         )
-        flags = torch.stack([(t != t).any(), fraction]).to(t.dtype)
+        return torch.stack([precise(x) for x in (t.min(), t.max(), (t != t).any(), fraction)])
+
+    def _check_values(
+        self, name: str, dtype: torch.dtype, look: list[float], low: float | None, high: float | None
+    ) -> None:
+        least, most, broken, fractional = look
         bottom, top = self.low if low is None else low, self.high if high is None else high
-        slack = torch.finfo(t.dtype).eps / 2 if t.is_floating_point() else 0.0  # an end, rounded to the times' dtype
-        least, most, broken, fractional = torch.cat([torch.stack([t.min(), t.max()]), flags]).tolist()  # one transfer
+        slack = torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0  # an end, rounded to the times' dtype
         if broken:
             raise ValueError(f"`{name}` holds NaN, expected times from {bottom:g} to {top:g}.")
         below = least < bottom - slack * abs(bottom)

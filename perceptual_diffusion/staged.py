@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from perceptual_diffusion import taps
+from perceptual_diffusion._restore import Before
 from perceptual_diffusion._shapes import (
     WAYS,
     batch_size,
@@ -111,6 +112,25 @@ class MicroBatches:
             return [(slice(0, batch), cond)]
         return [(part, take_cond(cond, batch, part, way)) for part in slices]
 
+    def check_equal(self, teacher: Teacher, x: Sample) -> None:
+        """Refuse a number of samples where processes have batches (B, *) of different sizes, and gather weights in each pass.
+
+        Raises:
+            ValueError: on every process.
+        """
+        group = torch.distributed
+        if self.size == "auto" or _may_split(teacher) or not (group.is_available() and group.is_initialized()):
+            return
+        batch = batch_size(x)
+        sizes = torch.tensor([batch, -batch], device=first(x).device)
+        group.all_reduce(sizes, group.ReduceOp.MAX)
+        most, least = int(sizes[0]), -int(sizes[1])
+        if most != least:
+            raise ValueError(
+                f"`micro_batch` is {self.size}, but the processes have from {least} to {most} samples, and the teacher's weights are "
+                "gathered from all of them in every pass. Pass `micro_batch='auto'`, or give all the same number (`drop_last=True`)."
+            )
+
     def _fitting(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
         """How many samples' activations take up their share of the device's memory."""
         memory, batch = _memory(first(x).device), batch_size(x)
@@ -125,7 +145,8 @@ class MicroBatches:
         batch, one, why = batch_size(x), slice(0, 1), ""
         for way in WAYS:
             try:
-                with _Counting(teacher) as saved, torch.random.fork_rng(devices=_cuda(x)), torch.enable_grad():
+                saved = _Counting(teacher)
+                with saved.hooks, torch.random.fork_rng(devices=_cuda(x)), torch.enable_grad():
                     features = teacher(_held(take(x, one)), t[one], take_cond(cond, batch, one, way))
                     return saved.total if features else 0
             except torch.OutOfMemoryError:
@@ -224,8 +245,27 @@ def perceptual(
         TypeError: the teacher gives no features.
         ValueError: they are wrong, or the gradient is lost.
     """
+    before = Before(first(x_tt).device)
+    try:
+        return _perceptual(teacher, samples, x_tt, t, cond, distance, micro_batches)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def _perceptual(
+    teacher: Teacher,
+    samples: list[Sample],
+    x_tt: Sample,
+    t: Tensor,
+    cond: Cond,
+    distance: Distance,
+    micro_batches: MicroBatches | None,
+) -> Tensor:
     batch = batch_size(x_tt)
     grad = torch.is_grad_enabled() and any(leaf.requires_grad for sample in samples for leaf in leaves(sample))
+    if micro_batches is not None and grad:
+        micro_batches.check_equal(teacher, x_tt)
     if micro_batches is not None and grad and batch and not micro_batches.plain:
         try:
             return _staged(teacher, samples, x_tt, t, cond, distance, micro_batches)
@@ -250,9 +290,8 @@ def _staged(
     for part, told in micro_batches.parts(teacher, x_tt, t, cond):
         held = [_held(take(sample, part)) for sample in samples]
         value, gradient = _value_and_gradient(
-            teacher, held, take(x_tt, part), t[part], told, distance=distance, known=micro_batches.suits
+            teacher, held, take(x_tt, part), t[part], told, distance=distance, micro_batches=micro_batches
         )
-        micro_batches.suits = True
         values.append(value)
         gradients.append(gradient)
     joined = [join(list(column)) for column in zip(*gradients, strict=True)]
@@ -287,15 +326,15 @@ def _value_and_gradient(
     cond: Cond,
     *,
     distance: Distance,
-    known: bool,
+    micro_batches: MicroBatches,
 ) -> tuple[Tensor, list[Sample]]:
     """The distance of each sample, and its gradient with respect to the predicted samples.
 
     Raises:
-        _Plain: the distance has weights or mixes samples (looked at unless `known`), or the teacher cannot be differentiated so.
+        _Plain: the distance has weights or mixes samples (looked at until it `suits`), or the teacher cannot be differentiated so.
     """
     features, true = _passes(teacher, samples, x_tt, t, cond, grad=True)
-    value, scaled, scale = _of_features(features, true, batch_size(x_tt), distance, known=known)
+    value, scaled, scale = _of_features(features, true, batch_size(x_tt), distance, micro_batches)
     outputs = [get_gradient_edge(leaf) for given in features for leaf in _all_leaves(given)]
     del features, true  # nothing but what the backward needs lies beside it
     with _no_autocast(x_tt):
@@ -315,7 +354,7 @@ def _value_and_gradient(
 
 
 def _of_features(
-    features: list[list[Feature]], true: list[Feature], batch: int, distance: Distance, *, known: bool
+    features: list[list[Feature]], true: list[Feature], batch: int, distance: Distance, micro_batches: MicroBatches
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The distance of each sample, its gradient with respect to the predicted features, and by what that is scaled."""
     cut = [[map_leaves(_widened, cast(Sample, feature)) for feature in given] for given in features]
@@ -327,8 +366,8 @@ def _of_features(
             "argument without no_grad and without detaching."
         )
     inputs = [leaf for given in cut for leaf in _all_leaves(given)]
-    if not known:
-        _check_distance(distance, value, inputs, true)
+    if not micro_batches.suits:
+        micro_batches.suits = _suits(distance, value, inputs, true)
     with _no_autocast(value):
         gradients = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
     scale = _scale(gradients)
@@ -341,10 +380,14 @@ def _no_autocast(x: Sample) -> torch.autocast:
     return torch.autocast(first(x).device.type, enabled=False)
 
 
-def _check_distance(distance: Distance, value: Tensor, inputs: list[Tensor], true: list[Feature]) -> None:
-    """Refuse a distance of whose gradient part would be lost, or whose values are not each one sample's."""
+def _suits(distance: Distance, value: Tensor, inputs: list[Tensor], true: list[Feature]) -> bool:
+    """Refuse a distance of whose gradient part would be lost, or whose values are not each one sample's.
+
+    Returns:
+        whether that is known: not so where no sample is finite.
+    """
     if distance in NAMED.values():
-        return
+        return True
     own, todo, seen = {id(x) for x in inputs}, [value.grad_fn], set()
     while todo:
         node = todo.pop()
@@ -354,11 +397,18 @@ def _check_distance(distance: Distance, value: Tensor, inputs: list[Tensor], tru
         if hasattr(node, "variable") and id(node.variable) not in own:
             raise _Plain("`distance` has weights that take a gradient")
         todo.extend(following for following, _ in node.next_functions)
-    one, other = inputs[0].detach()[:1], next(leaves(cast(Sample, true[0])))[:1].to(inputs[0].dtype)
+    pairs = zip(inputs, _all_leaves(true), strict=False)  # of the split formulation, the first half
+    rows = ((f.detach()[i : i + 1], g[i : i + 1].to(f.dtype)) for f, g in pairs for i in range(len(f)))
+    finite = ((f, g) for f, g in rows if bool(f.isfinite().all() & g.isfinite().all()))
+    one, other = next(finite, (None, None))
+    if one is None or other is None:
+        return False
     with torch.no_grad():
+        alone = distance(one, other)
         beside = distance(torch.cat([one, 1.5 * one + 0.1]), torch.cat([other, other]))[:1]
-        if not torch.allclose(beside, distance(one, other), rtol=1e-3, atol=1e-12, equal_nan=True):
+        if not torch.allclose(beside, alone, rtol=1e-3, atol=1e-12, equal_nan=True):
             raise _Plain("`distance` compares samples with each other")
+        return bool(alone.isfinite().all())
 
 
 def _held(sample: Sample) -> Sample:
@@ -419,8 +469,8 @@ class _Uncached(AbstractContextManager["_Uncached"]):
         torch.set_autocast_cache_enabled(self.before)
 
 
-class _Counting(AbstractContextManager["_Counting"]):
-    """Counts the bytes that graphs made inside keep and have not let go, without the teacher's weights."""
+class _Counting:
+    """Counts the bytes that graphs made inside of its `hooks` keep and have not let go, without the teacher's weights."""
 
     def __init__(self, teacher: Any) -> None:
         module = getattr(teacher, "module", None)
@@ -436,26 +486,23 @@ class _Counting(AbstractContextManager["_Counting"]):
     def total(self) -> int:
         return sum(size for size, _ in self.held.values())
 
-    def __enter__(self) -> "_Counting":
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self.hooks.__exit__(*args)
-
 
 class _Kept:
     """A tensor that a graph keeps, counted as long as it does."""
 
     def __init__(self, tensor: Tensor, held: dict[int, list[int]]) -> None:
         self.tensor = tensor.detach()  # an output that kept its graph would keep itself
-        self.held, self.key = held, _storage(tensor)
+        self.held: dict[int, list[int]] | None = None
+        self.key = _storage(tensor)
         held.setdefault(self.key, [tensor.untyped_storage().nbytes(), 0])[1] += 1
+        self.held = held
 
     def __del__(self) -> None:
-        self.held[self.key][1] -= 1
-        if not self.held[self.key][1]:
-            del self.held[self.key]
+        held = vars(self).get("held")  # none where an interrupt came while it was made
+        if held is not None:
+            held[self.key][1] -= 1
+            if not held[self.key][1]:
+                del held[self.key]
 
 
 def _storage(tensor: Tensor) -> int:

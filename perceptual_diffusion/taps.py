@@ -1,9 +1,10 @@
 """Run a model up to named layers, return their outputs, and leave nothing behind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,17 @@ from torch import Tensor, nn
 from perceptual_diffusion._shapes import map_tensors
 from perceptual_diffusion.types import FeatureSelect
 
+_T = TypeVar("_T")
+
 
 class _Stop(BaseException):
     """Leaves a forward pass once every layer has been seen. Not an Exception, so that models do not catch it."""
+
+    model: nn.Module
+
+
+_running: ContextVar[tuple[_Stop, ...]] = ContextVar("running", default=())
+"""The passes that run in this thread, one inside of the other: watched layers also run in passes of others."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,7 +61,9 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     """
     module, path = model, type(model).__name__
     for part in name.split("."):
-        child = module._modules.get(part) or unwrap(module)._modules.get(part)
+        child = module._modules.get(part)
+        if child is None:  # asked for by itself: a compiled module has no truth
+            child = unwrap(module)._modules.get(part)
         if child is None:
             there = "at its top level" if module is model else f"in {path}"
             names = ", ".join(n for n, m in module._modules.items() if m is not None) or "no module"
@@ -161,6 +172,40 @@ def select(output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
     return (same or tensors)[0]
 
 
+def hooked(
+    run: Callable[[], _T], hooks: Collection[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False
+) -> _T:
+    """Give what `run` returns, run with forward hooks on modules, which are taken off again.
+
+    They are found by themselves and not by their handles, and taken off twice: an interrupt may come between any two steps,
+    also after a hook is on and before its handle is kept, or among the removals.
+
+    Args:
+        run: what is run.
+        hooks: modules, and for each a function of (module, args, kwargs, output), or without `output`.
+        before: whether they run before their module.
+    """
+
+    def take_off() -> None:
+        for module, hook in hooks:
+            table = module._forward_pre_hooks if before else module._forward_hooks
+            marks = module._forward_pre_hooks_with_kwargs if before else module._forward_hooks_with_kwargs
+            for key in [key for key, one in list(table.items()) if one is hook]:
+                marks.pop(key, None)
+                table.pop(key, None)
+
+    try:
+        try:
+            for module, hook in hooks:
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                register(hook, with_kwargs=True)
+            return run()
+        finally:
+            take_off()
+    finally:
+        take_off()
+
+
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
@@ -193,10 +238,12 @@ def run(
     seen: dict[str, Any] = {}
     grad = torch.is_grad_enabled()
     signal = _Stop()
+    signal.model = model
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name in seen:
+            own = [other for other in _running.get() if other.model is model][-1:] == [signal]
+            if name in seen or not own:
                 return
             seen[name] = select(output, args, kwargs)
             if stop and len(seen) == len(set(layers)):
@@ -216,17 +263,21 @@ def run(
         stop = may_stop(model, layers)
     # FSDP2 gathers a module for its backward when the gradient reaches its output; that of what holds the layer it never does.
     sharded = {} if stop else {name: _sharded(path(model, name)[:-1]) for name in layers}
-    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in modules.items()]
+    hooks = [(module, watch(name)) for name, module in modules.items()]
+    outer = _running.get()
     try:
-        with _eager(model, layers), _keeping(model, layers):
-            call()
+        try:
+            _running.set((*outer, signal))
+            with _eager(model, layers), _keeping(model, layers):
+                hooked(call, hooks)
+        finally:
+            _running.set(outer)
     except _Stop as caught:
         if caught is not signal:
             raise
         signal.__traceback__ = None  # its frames hold every activation on the way
     finally:
-        for handle in handles:
-            handle.remove()
+        _running.set(outer)
     missing = [name for name in layers if name not in seen]
     if missing:
         raise ValueError(

@@ -1,21 +1,26 @@
 """Where f* comes from: a frozen copy of the model that holds only what runs up to the last tapped layer, or a module."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from perceptual_diffusion import taps
 from perceptual_diffusion._checkpoints import unfreeze
-from perceptual_diffusion._shapes import batch_size, first, leaves, map_tensors
+from perceptual_diffusion._restore import NoFastPath
+from perceptual_diffusion._shapes import batch_size, first, leaves, map_tensors, tensors_in
 from perceptual_diffusion.compiled import CompiledPass, options_of
 from perceptual_diffusion.copies import Seen, alias_copy, cut, frozen_copy
 from perceptual_diffusion.features import FEATURES, Captured, Features, Part, capture, locate
 from perceptual_diffusion.precision import Precision
 from perceptual_diffusion.types import Cond, Feature, FeatureSelect, ModelCall, Sample
+
+_T = TypeVar("_T")
 
 PLACES = ("mask", "ind", "len", "tag", "segment")
 """Words in the names of conditions that say where the tokens of a sequence are."""
@@ -23,6 +28,13 @@ LOOKS = 4
 """After so many masks that leave the noisy sample's tokens where they are, masks are looked at no more."""
 REMEMBERED = 64
 """Shapes of the inputs whose layout is remembered, and masks for each."""
+ON_HOST = ("cpu",)
+"""Devices whose tensors are read without waiting, so in every pass: numpy writes into them unseen."""
+
+_turns: "WeakKeyDictionary[nn.Module, threading.RLock]" = WeakKeyDictionary()
+"""One lock for each module, held in the first pass of a teacher. Not the teacher's own: locks are neither copied nor pickled."""
+_read = WeakTensorKeyDictionary()
+"""What was read of the caller's tensors, with the version they had."""
 
 
 class ModuleTeacher:
@@ -94,6 +106,15 @@ class ModuleTeacher:
         Raises:
             ValueError: a layer did not run, or the gradient to the sample was lost.
         """
+        if self._ran:
+            return self._features(x_t, t, cond)
+        with _turns.setdefault(self.module, threading.RLock()):
+            features = self._features(x_t, t, cond)
+            self._ran = True
+            return features
+
+    def _features(self, x_t: Sample, t: Tensor, cond: Cond) -> list[Feature]:
+        told = cond
         held = next(self.module.parameters(), None)
         free = taps.may_stop(self.module, self.layers)
         stop = free or self._cut if self.stop is None else self.stop
@@ -105,8 +126,8 @@ class ModuleTeacher:
                 )
         (x_t, cond), in_dtype = self._precision(x_t, map_tensors(Tensor.detach, dict(cond)))
 
-        def run(sample: Sample, select: FeatureSelect) -> list[Any]:
-            with _no_fast_path():
+        def run(sample: Sample, select: FeatureSelect, cond: Cond = cond) -> list[Any]:
+            with NoFastPath():
                 found: list[Any] = in_dtype(
                     lambda: taps.run(
                         self.module,
@@ -124,9 +145,12 @@ class ModuleTeacher:
             if self._compiled is None:
                 self._compiled = CompiledPass(self.module, self.layers, select=select, options=self._options)
             compiled = self._compiled
-            with _no_fast_path():
+            with NoFastPath():
                 found: list[Any] = in_dtype(lambda: compiled(lambda module: self.call(module, sample, t, cond)))
             return found
+
+        def look(sample: Sample, select: FeatureSelect) -> list[Captured]:
+            return self._watched(partial(run, cond=map_tensors(_without_nan, cond)), sample, select)
 
         grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves(x_t))
         if grad and not self._unfrozen:
@@ -135,7 +159,7 @@ class ModuleTeacher:
         if self.select is not None:
             features = [[feature] for feature in fast(x_t, self.select)]
         else:
-            parts = self._located(partial(self._watched, run), x_t, cond)
+            parts = self._located(look, x_t, told)
             given = zip(fast(x_t, capture), parts, strict=True)
             features = [[part.take(layer, batch_size(x_t)) for part in found] for layer, found in given]
         if grad:
@@ -145,7 +169,6 @@ class ModuleTeacher:
                         f"the teacher's layer {name!r} gives no gradient to the sample: it does not depend on it, or the model "
                         "runs under no_grad or reentrant checkpointing. Tap another layer, or use non-reentrant checkpointing."
                     )
-        self._ran = True
         return [feature for of_layer in features for feature in of_layer]
 
     def _watched(
@@ -153,26 +176,27 @@ class ModuleTeacher:
     ) -> list[Captured]:
         """What the layers gave, with what entered the first block of each one's list."""
         entered: dict[str, tuple[Tensor, ...]] = {}
+        thread = threading.get_ident()
 
         def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != thread:  # a pass of another teacher of this module
+                return
             held = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             entered.setdefault(name, tuple(value.detach().clone() for value in held if value.is_floating_point()))
 
-        handles = []
+        hooks = []
         for name in self.layers:
             parent, _, place = name.rpartition(".")
             blocks = taps.layer(self.module, parent)._modules if parent and place.isdecimal() else {}
             block = next(iter(blocks.values()), None)
             if block is not None:
-                handles.append(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+                hooks.append((block, partial(enter, name)))
         buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         device = first(sample).device
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                layers = run(sample, select)
+                layers = taps.hooked(lambda: run(sample, select), hooks, before=True)
         finally:
-            for handle in handles:
-                handle.remove()
             for buffer, before in buffers:
                 buffer.data.copy_(before)
         return [layer._replace(entered=entered.get(name, ())) for name, layer in zip(self.layers, layers, strict=True)]
@@ -182,20 +206,42 @@ class ModuleTeacher:
     ) -> list[tuple[Part, ...]]:
         """The noisy sample's part of each layer, found again when the layout of the inputs changes."""
         shapes = _layout(x_t), _layout(cond)
+        known = self._known(shapes, cond)
+        if taps.may_stop(self.module, self.layers) or not _several_processes():
+            return known or self._locate(run, x_t, cond, shapes)
+        device = first(x_t).device
+
+        def run_together(sample: Sample, select: FeatureSelect) -> list[Captured]:
+            _any_process(True, device)
+            return run(sample, select)
+
+        found = known or self._locate(run_together, x_t, cond, shapes)
+        with torch.no_grad():
+            while _any_process(False, device):  # weights are gathered from all: who needs no pass has to run it, too
+                run(x_t, capture)
+        return found
+
+    def _known(self, shapes: Any, cond: Cond) -> list[tuple[Part, ...]] | None:
+        """What was found for this layout before."""
         if shapes in self._settled:
             return self._settled[shapes]
+        return self._parts.get(shapes, {}).get(_places(cond))
+
+    def _locate(
+        self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond, shapes: Any
+    ) -> list[tuple[Part, ...]]:
         if shapes not in self._parts and len(self._parts) >= REMEMBERED:
             self._settled.pop(oldest := next(iter(self._parts)), None)
             self._parts.pop(oldest)
         seen = self._parts.setdefault(shapes, {})
-        places = _places(cond)
-        if places in seen:
-            return seen[places]
         if len(seen) >= REMEMBERED:
             seen.pop(next(iter(seen)))
         found = locate(run, x_t, self.layers, self.features)
-        if all(bool(leaf.isfinite().all()) for leaf in leaves(x_t)):  # what a broken batch shows is not kept
-            seen[places] = found
+        broken = any(not bool(leaf.isfinite().all()) for leaf in leaves(x_t))
+        if not broken and not any(
+            bool(x.isnan().any()) for x in tensors_in(cond)
+        ):  # what a broken batch shows is not kept
+            seen[_places(cond)] = found
             if len(seen) >= LOOKS and all(parts == found for parts in seen.values()):
                 self._settled[shapes] = found  # masks and indices do not move the sample's tokens in this model
         return found
@@ -211,15 +257,20 @@ class ModuleTeacher:
         return sum(p.numel() for p in self.module.parameters())
 
 
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Without torch's kernels for attention in eval mode without grad: they round otherwise than the pass with grad."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+def _without_nan(x: Tensor) -> Tensor:
+    return x.nan_to_num(0, torch.inf, -torch.inf) if x.is_floating_point() else x
+
+
+def _several_processes() -> bool:
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+
+
+def _any_process(wants: bool, device: torch.device) -> bool:
+    """Whether any process wants another pass."""
+    wanted = torch.tensor([int(wants)], device=device)
+    torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
+    return bool(wanted)
 
 
 def _layout(value: Any) -> tuple[Any, ...]:
@@ -237,12 +288,26 @@ def _places(value: Any, name: str = "") -> tuple[bytes, ...]:
     """The contents of masks and indices, also in nested conditions."""
     if isinstance(value, Tensor):
         tells = value.dtype == torch.bool or any(word in name for word in PLACES)
-        return (value.detach().cpu().double().numpy().tobytes(),) if tells else ()
+        return (_contents(value),) if tells else ()
     if isinstance(value, Mapping):
         return tuple(place for key, item in value.items() for place in _places(item, f"{name} {key}"))
     if isinstance(value, list | tuple):
         return tuple(place for item in value for place in _places(item, name))
     return ()
+
+
+def _contents(value: Tensor) -> bytes:
+    """The numbers of a mask or an index; one on a device is copied to the host once, and again when it was written into."""
+    if value.device.type in ON_HOST or type(value) is not Tensor or value.is_inference():
+        return value.detach().cpu().double().numpy().tobytes()
+    known = _read.setdefault(value if value._base is None else value._base, {})  # parts of a batch are made anew
+    key, version = (value.dtype, value.storage_offset(), value.shape, value.stride()), value._version
+    if key not in known or known[key][0] != version:
+        if len(known) >= REMEMBERED:
+            known.pop(next(iter(known)))
+        known[key] = version, value.detach().cpu().double().numpy().tobytes()
+    found: bytes = known[key][1]
+    return found
 
 
 class CopyTeacher(ModuleTeacher):
@@ -282,7 +347,7 @@ class CopyTeacher(ModuleTeacher):
         example: tuple[Sample, Tensor, Cond] | None = None,
         without: Collection[nn.Module] = (),
     ) -> None:
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"`dtype` is {dtype}, expected a floating dtype, such as torch.bfloat16.")
         spare = set(without) if truncate else set()
         if truncate and example is not None:
@@ -298,13 +363,13 @@ class CopyTeacher(ModuleTeacher):
         )
         self._truncate, self._cut = truncate and example is None, bool(spare)
 
-    def __call__(self, x_t: Sample, t: Tensor, cond: Cond, /) -> list[Feature]:
+    def _features(self, x_t: Sample, t: Tensor, cond: Cond) -> list[Feature]:
+        run = super()._features
         if not self._truncate or not taps.may_stop(self.module, self.layers):
-            return super().__call__(x_t, t, cond)
-        with _watched_calls(self) as seen:
-            features = super().__call__(x_t, t, cond)
-        self._truncate, self._cut = False, True
+            return run(x_t, t, cond)
+        seen, features = _watched_calls(self, lambda: run(x_t, t, cond))
         cut(self.module, seen.spare(self.module, self.layers))
+        self._truncate, self._cut = False, True
         return features
 
 
@@ -321,8 +386,8 @@ def _unused(
     teacher = ModuleTeacher(alias, layers=layers, call=call, select=capture, prepare=prepare)
     devices = {parameter.device for parameter in alias.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), _watched_calls(teacher) as seen:
-            teacher(*example)
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            seen, _ = _watched_calls(teacher, lambda: teacher(*example))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # the model's own
@@ -330,18 +395,19 @@ def _unused(
     return {originals[module] for module in seen.spare(alias, layers)}
 
 
-@contextmanager
-def _watched_calls(teacher: ModuleTeacher) -> Iterator[Seen]:
-    """Record what the model runs and uses, but not what the teacher does around it."""
+def _watched_calls(teacher: ModuleTeacher, run: Callable[[], _T]) -> tuple[Seen, _T]:
+    """Run something, and give what the model ran and used in it, but not what the teacher did around it, with the result."""
     seen, call = Seen(), teacher.call
 
     def watched(model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
         with seen:
             return call(model, x_t, t, cond)
 
-    teacher.call = watched
     try:
-        with seen.watching(teacher.module):
-            yield seen
-    finally:
+        try:
+            teacher.call = watched
+            return seen, seen.watching(teacher.module, run)
+        finally:
+            teacher.call = call
+    finally:  # once more, for an interrupt in the first
         teacher.call = call

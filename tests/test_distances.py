@@ -210,14 +210,17 @@ def test_get_passes_a_callable_through():
     assert distances.get(mine) is mine
 
 
+KNOWN = "expected one of 'mse', 'mae', 'huber', 'cosine', 'normalised', or a callable."
+
+
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown distance 'lpips'") as error:
+    with pytest.raises(ValueError, match="unknown distance") as error:
         distances.get("lpips")
-    for name in distances.NAMED:
-        assert repr(name) in str(error.value)
+    assert str(error.value) == f"unknown distance 'lpips', {KNOWN}"
 
 
-@pytest.mark.parametrize("value", [3, None, ["mse"]])
+@pytest.mark.parametrize("value", [3, None, ["mse"], type])
 def test_what_is_neither_a_name_nor_callable_is_refused(value):
-    with pytest.raises(TypeError, match=r"`distance` is .*'mse'.*callable"):
+    with pytest.raises(TypeError) as error:
         distances.get(value)
+    assert str(error.value) == f"`distance` is {value!r}, {KNOWN}"

@@ -345,7 +345,8 @@ def messages_of(path):
         if not (re.search(r"(Error|_Plain|warnings\.append|\.echo)$|^(warnings\.warn|logger\.warning|log|named)$", name)
                 or (call in warning and name.endswith(".append"))):  # fmt: skip
             continue
-        message = call.args[1] if name.endswith(("SetupError", "named")) else call.args[0]
+        second = name.endswith(("SetupError", "named")) or (name == "OSError" and len(call.args) > 1)  # after errno
+        message = call.args[1] if second else call.args[0]
         made_by = functions.get(ast.unparse(message.func)) if isinstance(message, ast.Call) else None
         made = [r.value for r in ast.walk(made_by) if isinstance(r, ast.Return)] if made_by else [message]
         for node in made:

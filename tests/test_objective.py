@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from algorithm1 import DISTANCES, algorithm1, freeze
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MLP, TOLERANCE, ConvNet, TwoStreams, distance, unet
 
 from perceptual_diffusion import SelfPerceptualObjective, parameterizations, schedules, timesteps
+from perceptual_diffusion import objective as module
 from perceptual_diffusion.parameterizations import edm
 
 # --- every schedule, written out by hand beside the package's ---------------------------------------------------------
@@ -456,6 +458,32 @@ def test_each_rank_draws_its_own(monkeypatch):
     assert losses[2] == losses[3]
 
 
+def stream():
+    """The state of the generator after an objective's first call."""
+    objective = bare(seed=3)
+    objective(lambda x, t: x, X)
+    return objective.rng_state()
+
+
+def test_the_rank_is_that_of_the_process_group_or_of_the_launcher(monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    alone = stream()
+    for rank, same in (("0", True), ("none", True), ("", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert torch.equal(stream(), alone) == same
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert torch.equal(stream(), alone)  # rank 0, whatever the variable says
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_seed_gives_the_same_draws_in_every_release():
+    objective = bare(seed=3)
+    objective(lambda x, t: x, X)
+    assert objective.times["t"].tolist() == [244, 138]
+
+
 def test_the_own_stream_is_not_torchs_of_the_same_seed():
     torch.manual_seed(0)
     student, objective, clean = small()
@@ -486,6 +514,30 @@ def test_rng_state_from_before_the_first_use_can_be_set():
     expected = copy.deepcopy(objective)(student, clean)
     objective.set_rng_state(objective.rng_state())
     assert torch.equal(objective(student, clean), expected)
+
+
+def test_a_state_that_is_none_is_refused_and_nothing_is_changed():
+    student, objective, clean = small()
+    objective(student, clean)
+    before = objective.rng_state()
+    with pytest.raises(TypeError, match="`state` is 3, expected what `rng_state` gave, a uint8 tensor, or None"):
+        objective.set_rng_state(3)
+    for state in (torch.zeros(3, dtype=torch.uint8), torch.zeros(before.shape)):
+        with pytest.raises(
+            ValueError, match=r"`state` is no state of a generator on .*cpu.*: .*Pass what `rng_state` gave"
+        ):
+            objective.set_rng_state(state)
+    with pytest.raises(ValueError, match=r"`state` is no state of a generator on .*meta"):
+        objective.set_rng_state(before, "meta")
+    assert torch.equal(objective.rng_state(), before)
+    objective.set_rng_state(None)
+    assert objective.rng_state() is None
+
+
+def test_check_draws_from_the_generator_it_is_given():
+    student, objective, clean = small()
+    reports = [objective.check(student, clean, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert str(reports[0]) == str(reports[1]) != str(reports[2])
 
 
 def test_loss_is_the_same_without_a_graph():
@@ -548,13 +600,85 @@ def test_nested_samples_may_be_tuples():
     assert objective.loss(noise, clean=clean, noise=noise, t=t, t_prime=t_prime) > 0
 
 
+def test_the_prediction_is_taken_out_of_what_models_give():
+    for wrapped in (lambda y: y, lambda y: (y, X), lambda y: [y, X], lambda y: UNet2DOutput(sample=y)):
+        objective, y = bare(), torch.randn(X.shape)
+        given = {"clean": X, "noise": X, "t": T, "t_prime": T + 9}
+        assert torch.equal(objective.loss(wrapped(y), **given), objective.loss(y, **given))
+    nested = bare(teacher=lambda x, t, cond: [[part[None] for part in x]])
+    clean = [torch.randn(1, 3), torch.randn(1, 4)]  # a list of samples of different sizes is itself the prediction
+    assert nested.loss(clean, clean=clean, noise=clean, t=T).isfinite()
+    with pytest.raises(ValueError, match="`model_pred` is empty"):
+        bare().loss((), clean=X, noise=X, t=T)
+
+
+def test_a_teacher_may_say_its_own_t_prime():
+    def teacher(x, t, cond):
+        return [x]
+
+    assert isinstance(small(teacher=teacher)[1].t_prime, timesteps.Uniform)
+    teacher.t_prime = "clean"
+    assert isinstance(small(teacher=teacher)[1].t_prime, timesteps.Clean)
+    assert isinstance(small(teacher=teacher, t_prime="near")[1].t_prime, timesteps.Near)
+
+
+def test_wrap_copies_as_it_is_told():
+    student, objective, clean = small(truncate=False)
+    whole = sum(p.numel() for p in student.parameters())
+    head = sum(p.numel() for p in student.head.parameters())
+    objective(student, clean)
+    assert objective.teacher.parameters_held == whole
+    assert small(example=(clean, None))[1].teacher.parameters_held == whole - head
+    assert {p.dtype for p in small(teacher_dtype=torch.bfloat16)[1].teacher.module.parameters()} == {torch.bfloat16}
+    assert small(features="all")[1].teacher.features == "all"
+
+
+def test_contributing_weighs_the_perceptual_loss_and_not_the_mse():
+    drawn, given = (bare(t_prime=kind, mse_weight=0.5, seed=3) for kind in ("contributing", "uniform"))
+    options = {"clean": X, "noise": X.sin(), "t": T, "reduction": "none"}
+    loss = drawn.loss(X.cos(), **options)
+    t_prime = drawn.times["t_prime"]
+    given.loss(X.cos(), **options, t_prime=t_prime)
+    weight = drawn.t_prime.weight(drawn.schedule, T, t_prime).float()
+    assert (weight != 1).all()
+    torch.testing.assert_close(drawn.terms["sp"], weight * given.terms["sp"])
+    torch.testing.assert_close(loss, weight * given.terms["sp"] + 0.5 * given.terms["mse"])
+    by_hand = drawn.loss(X.cos(), **options, t_prime=t_prime)
+    torch.testing.assert_close(by_hand, given.terms["sp"] + 0.5 * given.terms["mse"])  # times of one's own: no weight
+
+
+def test_clean_compares_the_clean_estimate_with_the_clean_sample():
+    objective = bare("linear", "flow_prediction", t_prime="clean")
+    clean, y, t = X.sin(), X.cos(), torch.tensor([0.25, 0.5])
+    loss = objective.loss(y, clean=clean, noise=0 * X, t=t, reduction="none")
+    of_each = t.view(2, 1, 1)
+    expected = (1 - of_each) * clean - of_each * y - clean  # x̂_0 = x_t − t ŷ
+    torch.testing.assert_close(loss, expected.square().mean((1, 2)))
+
+
+def test_what_is_drawn_has_the_dtype_of_the_sample():
+    seen = []
+    objective = bare("linear", "v_prediction", t_range=None)
+    for dtype in DTYPES:
+        objective(lambda x, t: seen.append(x) or x, X.to(dtype))
+        assert seen[-1].dtype == dtype
+
+
 def test_to_moves_the_teacher_and_returns_the_objective():
     student, objective, clean = small()
+    assert objective.to(dtype=torch.bfloat16) is objective
+    assert {p.dtype for p in objective.teacher.module.parameters()} == {torch.bfloat16}
     assert objective.to(torch.float64) is objective
     assert {p.dtype for p in objective.teacher.module.parameters()} == {torch.float64}
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     assert objective(student, clean).isfinite()
     assert bare().to("cpu") is not None, "a teacher that cannot be moved is left alone"
+
+
+def test_before_the_first_call_nothing_is_recorded():
+    objective = bare()
+    assert objective.terms == objective.times == objective.left_out == {}
+    assert objective.rng_state() is None
 
 
 def test_terms_hold_both_losses_without_their_graph():
@@ -621,6 +745,7 @@ BAD_CONSTRUCTION = {
     "t_prime is a number": (TypeError, "`t_prime` is 40, expected one of 'uniform'", {"t_prime": 40}),
     "negative mse_weight": (ValueError, "`mse_weight` is -1, expected a number of at least 0", {"mse_weight": -1}),
     "mse_weight is nan": (ValueError, "`mse_weight` is nan", {"mse_weight": math.nan}),
+    "mse_weight is infinite": (ValueError, "`mse_weight` is inf", {"mse_weight": math.inf}),
     "mse_weight is a string": (ValueError, "`mse_weight` is '1'", {"mse_weight": "1"}),
     "unknown weight": (
         ValueError,
@@ -632,6 +757,9 @@ BAD_CONSTRUCTION = {
     "t_range is a string": (TypeError, "`t_range` is 'ab', expected a pair", {"t_range": "ab"}),
     "t_range has three ends": (TypeError, "`t_range` is .0, 1, 2., expected a pair", {"t_range": (0, 1, 2)}),
     "t_range is reversed": (ValueError, "`t_range` is .5, 1., expected 0 <= low < high <= 999", {"t_range": (5, 1)}),
+    "t_range is one time": (ValueError, "`t_range` is .5, 5., expected 0 <= low < high", {"t_range": (5, 5)}),
+    "t_range is a number": (TypeError, "`t_range` is 5, expected a pair", {"t_range": 5}),
+    "t_range begins too early": (ValueError, "`t_range` is .-1, 5., expected 0 <= low", {"t_range": (-1, 5)}),
     "t_range is too long": (ValueError, "`t_range` is .0, 1000., expected 0 <= low", {"t_range": (0, 1000)}),
     "t_range holds nan": (ValueError, "`t_range` is .nan, 1., expected", {"t_range": (math.nan, 1)}),
     "call is a number": (TypeError, "`call` is", {"call": 3}),
@@ -678,8 +806,36 @@ def test_a_singular_end_may_be_left_out_by_t_range():
 
 
 def test_a_singular_end_may_be_left_out_by_the_sampler_of_t():
-    objective = bare("linear", "epsilon", t=timesteps.Uniform(high=0.5), t_range=None)
-    assert objective(lambda x, t: x, torch.randn(4, 3)).isfinite()
+    for kind, sampler, t_range in (
+        ("epsilon", timesteps.Uniform(high=0.5), (0, 0.5)),
+        ("sample", timesteps.Uniform(low=0.25), (0.25, 1)),
+        ("v_prediction", timesteps.Uniform(low=0.25, high=0.5), (0, 1)),  # singular nowhere
+        ("epsilon", timesteps.LogitNormal(low=0.25, high=0.5), (0.25, 0.5)),
+    ):
+        objective = bare("linear", kind, t=sampler, t_range=None)
+        assert objective.t_range == t_range
+        assert objective(lambda x, t: x, torch.randn(4, 3)).isfinite()
+        with pytest.raises(ValueError, match=r"`t` holds 2, expected times from"):
+            objective.loss(X, clean=X, noise=X, t=torch.tensor([2.0, 0.3]))
+
+
+def test_times_that_a_callable_draws_are_looked_at():
+    def drawing(value):
+        return lambda schedule, like, /, *, t, generator: torch.full((len(like),), value)
+
+    for value, refused in ((0.75, False), (0.8, True), (0.2, True), (0.25, False)):
+        objective = bare("linear", "v_prediction", t=drawing(value), t_range=(0.25, 0.75))
+        if refused:
+            with pytest.raises(ValueError, match=rf"`t` holds {value}, expected times from 0.25 to 0.75"):
+                objective(lambda x, t: x, X)
+        else:
+            assert objective(lambda x, t: x, X).isfinite()
+    objective = bare("linear", "v_prediction", t_prime=drawing(1.0), t_range=(0.25, 0.75))
+    assert objective(lambda x, t: x, X).isfinite(), "t' is drawn from the whole schedule"
+    objective = bare("linear", "v_prediction", t=drawing(torch.tensor(0.5, device="meta")), t_range=(0.25, 0.75))
+    objective.t = lambda schedule, like, /, *, t, generator: torch.full((len(like),), 0.5, device="meta")
+    with pytest.raises(ValueError, match="`t` is on meta, expected cpu"):
+        objective(lambda x, t: x, X)
 
 
 def test_t_range_does_not_widen_the_sampler_of_t():
@@ -820,6 +976,11 @@ CALLABLES = {
         r"`distance` gives \(\), expected one value per sample, shape \(2,\)",
         {"distance": lambda f, g: (f - g).mean()},
     ),
+    "weight of another shape": (
+        ValueError,
+        r"`weight` gives \(2, 1\), expected one weight per sample, shape \(2,\)",
+        {"weight": lambda t: torch.ones(2, 1)},
+    ),
     "weight is a constant": (
         ValueError,
         "`weight` gives float, expected one weight per sample",
@@ -881,6 +1042,16 @@ WRAP = {
         {"teacher": MLP()},
     ),
     "call is a number": (TypeError, "`call` is", {"call": 3}),
+    "output is a number": (TypeError, "`output` is 3", {"output": 3}),
+    "unknown features": (ValueError, "unknown features 'some'", {"features": "some"}),
+    "whole teacher_dtype": (ValueError, "`dtype` is torch.int64", {"teacher_dtype": torch.int64}),
+    "compile is a number": (TypeError, "`compile` is 3", {"compile": 3}),
+    "example is no pair": (TypeError, "`example` is not a pair", {"example": 3}),
+    "unknown t": (ValueError, "unknown `t` 'lognormal'", {"t": "lognormal"}),
+    "unknown t_prime": (ValueError, "unknown `t_prime` 'close'", {"t_prime": "close"}),
+    "unknown nonfinite": (ValueError, "unknown nonfinite 'ignore'", {"nonfinite": "ignore"}),
+    "micro_batch is zero": (ValueError, "`micro_batch` is 0", {"micro_batch": 0}),
+    "t_range is reversed": (ValueError, "`t_range` is .0.5, 0.25.", {"t_range": (0.5, 0.25)}),
 }
 
 
@@ -888,6 +1059,14 @@ WRAP = {
 def test_wrap_refuses(error, message, options):
     with pytest.raises(error, match=message):
         small(**options)
+
+
+def test_wrap_needs_the_adapters(monkeypatch):
+    monkeypatch.setattr(module, "_assemble", None)
+    with pytest.raises(
+        RuntimeError, match=r"^no adapters are installed\. Import `perceptual_diffusion`, not one of its files\.$"
+    ):
+        small()
 
 
 def test_a_model_that_is_no_module_is_refused():

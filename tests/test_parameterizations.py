@@ -218,11 +218,28 @@ def test_convert_refuses_a_singular_time(schedule, source, to, t, words):
         (torch.ones(2, 3), torch.tensor([1, 2]), r"`model_output` has shape \(2, 4\), expected \(2, 3\)"),
         (torch.ones(2, 4), torch.tensor([1]), r"`t` has shape \(1,\), expected \(2,\)"),
         (torch.ones(2, 4), torch.tensor([1, 1000]), r"`t` holds 1000"),
+        (torch.ones(2, 4), torch.tensor([1, 2], device="meta"), r"`t` is on meta, expected cpu"),
     ],
 )
 def test_convert_refuses_what_does_not_fit(x_t, t, match):
     with pytest.raises(ValueError, match=match):
         convert(torch.ones(2, 4), x_t, t, schedule=SCHEDULES["table"], source="epsilon", to="sample")
+
+
+@pytest.mark.parametrize("narrow", ["clean", "noise"])
+def test_mix_computes_in_the_wider_dtype_whichever_has_it(narrow):
+    pair = {
+        name: torch.randn(2, 3, dtype=torch.float32 if name == narrow else torch.float64) for name in ("clean", "noise")
+    }
+    mixed = mix(**pair, clean_scale=torch.tensor([1 / 3, 1.0]), noise_scale=torch.tensor([2 / 3, 1.0]).double())
+    assert mixed.dtype == torch.float64
+    expected = torch.stack(
+        [
+            scale * pair["clean"][row].double() + other * pair["noise"][row].double()
+            for row, (scale, other) in enumerate([(float(torch.tensor(1 / 3)), float(torch.tensor(2 / 3))), (1, 1)])
+        ]
+    )
+    torch.testing.assert_close(mixed, expected, rtol=1e-15, atol=1e-15)
 
 
 # Gradients
@@ -393,6 +410,32 @@ def test_a_singular_pair_is_refused_unless_the_range_leaves_the_time_out(
     check_regular(schedule, prediction, low, high)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "start"),
+    [
+        (
+            SCHEDULES["zero_terminal_snr"],
+            EPSILON,
+            "at t = 999 of Discrete(1000 steps, zero terminal SNR) alpha is 0 (zero terminal SNR): 'epsilon' ",
+        ),
+        (Linear(), SAMPLE, "at t = 0 of Linear(shift=1, scale=1) sigma is 0: 'sample' "),
+        (
+            Linear(),
+            Prediction(name="both", row=lambda schedule, t: (torch.ones_like(t), torch.ones_like(t))),
+            "at t = 0.5 of Linear(shift=1, scale=1) the determinant is 0: 'both' ",
+        ),
+    ],
+    ids=["alpha", "sigma", "determinant"],
+)
+def test_the_refusal_of_a_singular_pair_says_why_and_what_to_do(schedule, prediction, start):
+    with pytest.raises(ValueError, match="at t = ") as caught:
+        check_regular(schedule, prediction, schedule.low, schedule.high)
+    assert str(caught.value) == (
+        f"{start}cannot give back the clean sample and the noise there. Use 'v_prediction', or leave that time out with "
+        "`t_range=(low, high)`."
+    )
+
+
 def test_a_range_that_still_holds_the_singular_time_is_refused():
     for low, high in ((0.5, 1), (0.99999, 1)):
         with pytest.raises(ValueError, match=r"at t = 1 .*'epsilon'"):
@@ -436,12 +479,14 @@ def test_a_prediction_that_is_singular_inside_the_schedule_is_found():
     check_regular(Linear(), both, 0.6, 1)
 
 
-def test_the_ends_of_the_range_are_checked_wherever_they_lie():
-    """y = 2 x_0 + ε is parallel to x_t at t = 1/3, which is no point of the schedule's grid."""
-    third = Prediction(name="third", row=lambda schedule, t: (2 * torch.ones_like(t), torch.ones_like(t)))
-    for low, high in ((1 / 3, 0.9), (0.1, 1 / 3)):
-        with pytest.raises(ValueError, match=r"at t = 0\.333333 .*'third'"):
-            check_regular(Linear(), third, low, high)
+@pytest.mark.parametrize("place", [1 / 3, 0.0005, 0.9995])
+def test_the_ends_of_the_range_are_checked_wherever_they_lie(place):
+    """y = (1/t - 1) x_0 + ε is parallel to x_t at that t, which is no point of the schedule's grid."""
+    part = 1 / place - 1
+    there = Prediction(name="there", row=lambda schedule, t: (part * torch.ones_like(t), torch.ones_like(t)))
+    for low, high in ((place, 0.99999), (0.00001, place)):
+        with pytest.raises(ValueError, match=rf"at t = {place:g} .*'there'"):
+            check_regular(Linear(), there, low, high)
 
 
 def test_a_row_that_is_not_finite_is_singular():
@@ -454,10 +499,13 @@ def test_a_row_that_is_not_finite_is_singular():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown prediction 'velocity'.*parameterizations\.Prediction") as error:
+    with pytest.raises(ValueError, match="unknown prediction") as error:
         get("velocity")
+    assert str(error.value) == (
+        "unknown prediction 'velocity', expected one of 'epsilon', 'sample', 'v_prediction', 'flow_prediction', with a leading "
+        "'-' where the model predicts the negative, or a parameterizations.Prediction."
+    )
     for name in ("epsilon", "sample", "v_prediction", "flow_prediction"):
-        assert repr(name) in str(error.value)
         assert get(name).name == name
 
 
@@ -502,6 +550,7 @@ def test_get_passes_a_prediction_through_and_refuses_anything_else():
 
 def test_every_name_is_of_a_prediction_of_that_name():
     assert set(parameterizations.NAMED) == {"epsilon", "sample", "v_prediction", "flow_prediction"}
+    assert (edm().name, (-edm()).name, SCORE.name) == ("edm", "-edm", "score")
     assert all(prediction.name == name for name, prediction in parameterizations.NAMED.items())
 
 

@@ -145,14 +145,15 @@ def numpy_alpha_bar(betas):
 @pytest.mark.parametrize(
     ("table", "betas"),
     [
-        (Discrete.scaled_linear(), np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),
-        (Discrete.linear(), np.linspace(1e-4, 0.02, 1000)),
-        (Discrete.linear(0.001, 0.3, steps=7), np.linspace(0.001, 0.3, 7)),
-        (Discrete.from_betas(torch.tensor([0.5, 0.25])), np.array([0.5, 0.25])),
+        (Discrete.scaled_linear, np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2),
+        (Discrete.linear, np.linspace(1e-4, 0.02, 1000)),
+        (lambda: Discrete.linear(0.001, 0.3, steps=7), np.linspace(0.001, 0.3, 7)),
+        (lambda: Discrete.scaled_linear(0.001, 0.3, steps=7), np.linspace(0.001**0.5, 0.3**0.5, 7) ** 2),
+        (lambda: Discrete.from_betas(torch.tensor([0.5, 0.25])), np.array([0.5, 0.25])),
     ],
 )
 def test_a_table_is_the_cumulative_product_of_its_betas(table, betas):
-    np.testing.assert_allclose(table.alpha_bar.numpy(), numpy_alpha_bar(betas), rtol=1e-12)
+    np.testing.assert_allclose(table().alpha_bar.numpy(), numpy_alpha_bar(betas), rtol=1e-12)
 
 
 def test_the_cosine_table_is_that_of_nichol_and_dhariwal():
@@ -187,6 +188,14 @@ def test_zero_terminal_snr_can_be_applied_twice():
 def test_a_single_timestep_has_no_terminal_snr():
     with pytest.raises(ValueError, match="one timestep"):
         Discrete(torch.tensor([0.5])).zero_terminal_snr()
+
+
+def test_edm_takes_every_sigma_from_a_millionth_to_a_million():
+    assert (EDM().low, EDM().high) == (1e-6, 1e6)
+
+
+def test_a_table_of_two_timesteps_can_end_in_noise():
+    assert Discrete(torch.tensor([0.5, 0.25])).zero_terminal_snr().alpha_bar.tolist() == pytest.approx([0.5, 0])
 
 
 def test_a_table_is_its_own_copy():
@@ -468,6 +477,43 @@ def test_check_accepts_the_ends_of_a_narrower_range_in_float32(end):
     Linear().check("t", torch.tensor([end], dtype=torch.float32), high=end)
 
 
+EPS = torch.finfo(torch.float32).eps
+
+
+def test_an_end_that_float32_rounds_away_is_accepted():
+    Linear(scale=2).check("t", torch.tensor([1.0]), low=1 + 0.45 * EPS)
+    Linear(scale=2).check("t", torch.tensor([1.0]), high=1 - 0.2 * EPS)
+    Linear().check("t", torch.tensor([0.5]), low=0.5 + 0.2 * EPS)
+
+
+@pytest.mark.parametrize("t", [0.5 - EPS / 2, 0.5 + EPS / 2, 0.5 - EPS, 0.5 + EPS])
+def test_a_time_beyond_what_rounding_explains_is_refused(t):
+    with pytest.raises(ValueError, match=r"expected times from 0\.5 to 0\.5"):
+        Linear().check("t", torch.tensor([t]), low=0.5, high=0.5)
+
+
+@every
+def test_the_numbers_of_a_schedule_do_not_depend_on_the_default_device(schedule):
+    expected = schedule.ranks(), schedule.noise_first, schedule.drawn, schedule.spacing
+    with torch.device("meta"):
+        assert (schedule.ranks(), schedule.noise_first, schedule.drawn, schedule.spacing) == expected
+
+
+def test_a_range_of_one_time_has_ranks():
+    assert Linear().ranks(0.5, 0.5) == (0.5, 0.5)
+    assert Linear().ranks(0, 0) == (0, 0)
+    assert Linear().ranks(1, 1) == (1, 1)
+    assert TABLE.ranks(10, 10) == pytest.approx((0.010, 0.011))
+
+
+@continuous
+def test_the_grid_of_a_schedule_runs_from_end_to_end(schedule):
+    grid, (first, last) = schedule.grid(), schedule.drawn
+    assert grid.dtype == torch.float64
+    assert grid.shape == (1001,)
+    torch.testing.assert_close(grid[[0, -1]], torch.tensor([first, last], dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 # Constructors
 
 
@@ -527,8 +573,8 @@ def test_edm_refuses_bad_numbers(numbers, name):
         (lambda t: torch.ones_like(t), lambda t: torch.ones_like(t), ["signal-to-noise ratio", "monotone"]),
         # the angle turns all along, yet the SNR falls to 0 half-way and rises again
         (lambda t: torch.cos(math.pi * t), lambda t: torch.sin(math.pi * t), ["signal-to-noise ratio", "monotone"]),
-        (lambda t: 1 / t, lambda t: t, ["`alpha` is not finite at t = 0"]),
-        (lambda t: 1 - t, lambda t: t.log(), ["`sigma` is not finite at t = 0"]),
+        (lambda t: 1 / t, lambda t: t, ["`alpha` is not finite at t = 0. Give finite scales from 0 to 1."]),
+        (lambda t: 1 - t, lambda t: t.log(), ["`sigma` is not finite at t = 0. Give finite scales from 0 to 1."]),
         (lambda t: 1 - t, lambda t: 1.0, ["`sigma` gives float", "shape (B,)"]),
         (lambda t: (1 - t)[:, None], lambda t: t, ["`alpha` gives (1001, 1)", "shape (B,)"]),
         (lambda t: torch.ones(()), lambda t: t, ["`alpha` gives ()", "shape (B,)"]),
@@ -566,6 +612,99 @@ def test_interpolant_refuses_what_is_no_function():
 def test_what_is_no_number_is_a_type_error_of_ours(make):
     with pytest.raises(TypeError, match=r"^`\w+` (is|has)"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: Interpolant(lambda t: 1 - t, lambda t: -t),
+            "`sigma` is negative at t = 0.001, so the signal-to-noise ratio alpha²/sigma² is not monotone. Give scales of "
+            "at least 0; the sign of a prediction belongs to `prediction=`.",
+        ),
+        (
+            lambda: Interpolant(lambda t: -t, lambda t: t),
+            "`alpha` is negative at t = 0.001, so the signal-to-noise ratio alpha²/sigma² is not monotone. Give scales of "
+            "at least 0; the sign of a prediction belongs to `prediction=`.",
+        ),
+        (
+            lambda: Discrete(torch.empty(3, device="meta")),
+            "`alpha_bar` has dtype torch.float32 on meta, expected real values.",
+        ),
+        (
+            lambda: Interpolant(torch.ones_like, torch.ones_like),
+            "the signal-to-noise ratio alpha²/sigma² neither falls nor rises all along t. Give scales whose ratio is monotone.",
+        ),
+        (
+            lambda: Interpolant(3, lambda t: t),
+            "`alpha` and `sigma` must be callables of times of shape (B,), such as `lambda t: 1 - t` and `lambda t: t`.",
+        ),
+        (
+            lambda: Discrete(torch.tensor([1.2, 0.5])),
+            "`alpha_bar` leaves [0, 1] or holds NaN, expected ᾱ_t, the cumulative product of 1 − beta. Pass "
+            "`scheduler.alphas_cumprod`.",
+        ),
+        (
+            lambda: Discrete("x"),
+            "`alpha_bar` is a str, expected a tensor of shape (T,), one value per timestep.",
+        ),
+        (
+            lambda: Discrete.from_betas("x"),
+            "`betas` is a str, expected a tensor of shape (T,), one value per timestep.",
+        ),
+        (
+            lambda: TABLE.derivative(torch.tensor([1])),
+            "a discrete schedule has no time derivative, so no 'flow_prediction'. Use 'v_prediction', or a continuous "
+            "schedule such as schedules.Linear().",
+        ),
+        (
+            lambda: Discrete.linear(steps=1).zero_terminal_snr(),
+            "a schedule of one timestep has no terminal SNR to rescale.",
+        ),
+        (
+            lambda: EDM().level(torch.ones(1)),
+            "the time of an EDM schedule is sigma, which has no level between 0 (clean) and 1 (noise).",
+        ),
+        (
+            lambda: EDM().check("t", torch.zeros(1)),
+            "`t` holds 0, expected times from 1e-06 to 1e+06. The time of an EDM schedule is sigma itself, not "
+            "ln(sigma) / 4 and not an index.",
+        ),
+        (
+            lambda: Linear().check("t", torch.zeros(2, 1)),
+            "`t` has shape (2, 1), expected (B,), one time per sample. Pass `t.expand(B)` of one number.",
+        ),
+        (
+            lambda: Linear().check("t", torch.zeros(2, 1), 2),
+            "`t` has shape (2, 1), expected (2,), one time per sample. Pass `t.flatten()`.",
+        ),
+        (
+            lambda: Linear().ranks(0.5, 2),
+            "`low` is 0.5 and `high` 2, expected 0 <= low <= high <= 1 on Linear(shift=1, scale=1).",
+        ),
+        (lambda: EDM(p_mean=True), "`p_mean` is True, expected a number."),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_what_to_do(make, sentence):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        make()
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (TABLE, "Discrete(1000 steps)"),
+        (SCHEDULES["zero_terminal_snr"], "Discrete(1000 steps, zero terminal SNR)"),
+        (Linear(), "Linear(shift=1, scale=1)"),
+        (Linear(3, scale=1000, reverse=True), "Linear(shift=3, scale=1000, reverse=True)"),
+        (Cosine(), "Cosine()"),
+        (EDM(), "EDM(sigma_min=0.002, sigma_max=80, p_mean=-1.2, p_std=1.2)"),
+        (SCHEDULES["sit"], "Interpolant(low=0, high=1)"),
+    ],
+)
+def test_a_schedule_is_named_by_its_numbers(schedule, text):
+    assert repr(schedule) == text
 
 
 def test_derivatives_are_right_under_inference_mode():

@@ -446,3 +446,43 @@ def test_operations_of_the_loss_are_counted_by_torchs_own_counter():
     # convolutions of 8 channels at 30 places: two forwards of both, and the input's gradient of both
     first, middle = 2 * 30 * 9 * 3 * 8, 2 * 30 * 9 * 8 * 8
     assert counter.get_total_flops() == 3 * B * (first + middle)
+
+
+def beside_others(f, g):
+    """A distance that holds each sample against the others."""
+    apart = (f - g).square().flatten(1).mean(1)
+    return apart * (1 + apart.sum())
+
+
+@pytest.mark.parametrize("broken", [[0], [0, 1, 2, 3]], ids=["the first sample", "all samples"])
+def test_a_distance_that_mixes_samples_is_found_also_where_the_first_call_has_nan(broken):
+    _model, wrap, given = setting(distance=beside_others)
+    clean = given["clean"].clone()
+    clean[broken] = torch.nan
+    auto, two = wrap(), wrap(micro_batch=2)
+    prediction = torch.randn(B, 3, 6, 5)
+    gradients(auto, given | {"clean": clean}, prediction)
+    if len(broken) == B:
+        gradients(two, given | {"clean": clean}, prediction)
+    with pytest.raises(ValueError, match="`distance` compares samples with each other"):
+        gradients(two, given, prediction)
+    _, gradient = gradients(auto, given, prediction)
+    assert auto.micro_batches.plain
+    assert torch.equal(gradient, gradients(wrap(micro_batch=None), given, prediction)[1])
+
+
+def test_a_distance_that_compares_each_sample_by_itself_is_looked_at_until_one_is_finite():
+    calls = []
+
+    def counted(f, g):
+        calls.append(len(f))
+        return (f - g).square().flatten(1).mean(1)
+
+    _model, wrap, given = setting(distance=counted)
+    objective, prediction = wrap(), torch.randn(B, 3, 6, 5)
+    found = []
+    for data in (given | {"clean": given["clean"] * torch.nan}, given, given):
+        gradients(objective, data, prediction)
+        found.append(list(calls))
+        calls.clear()
+    assert found == [[B], [B, 1, 2], [B]]

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perceptual_diffusion import SelfPerceptualObjective, schedules, timesteps
 from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear
-from perceptual_diffusion.timesteps import Contributing, LogitNormal, Near, Shifted, Uniform
+from perceptual_diffusion.timesteps import Clean, Contributing, LogitNormal, Near, Shifted, Uniform
 
 TABLE = Discrete.scaled_linear()
 CONTINUOUS = {"flow": Linear(), "flow_scale_1000": Linear(scale=1000), "cosine": Cosine(), "edm": EDM()}
@@ -535,6 +535,12 @@ def test_contributing_by_name_is_weighted_and_drawn_by_the_objective():
     torch.testing.assert_close(own, given * Contributing().weight(SHORT, t, drawn).float())
 
 
+@pytest.mark.parametrize("mean", [math.nan, math.inf, -math.inf, "0", None])
+def test_a_mean_that_is_no_finite_number_is_refused(mean):
+    with pytest.raises(ValueError, match=rf"^`mean` is {mean!r}, expected a number\.$"):
+        LogitNormal(mean=mean)
+
+
 @pytest.mark.parametrize("uniform", [0.0, -0.1, 1.01, math.nan, math.inf, "0.1", None])
 def test_a_uniform_part_that_gives_no_finite_weights_is_refused(uniform):
     with pytest.raises(ValueError, match=r"`uniform` is .*, expected a number above 0 and at most 1"):
@@ -588,6 +594,34 @@ def test_float_indices_serve_as_well_as_int_ones(sampler):
     assert torch.equal(draw(sampler, TABLE, 3, t=t.float()), draw(sampler, TABLE, 3, t=t))
 
 
+def test_a_draw_is_its_formula_of_the_generators_numbers():
+    """A saved generator gives the same times in the next version, too."""
+    kind, t = {"dtype": torch.float64, "generator": None}, torch.full((8,), 0.5)
+    uniform, normal = (
+        function(8, **kind | {"generator": torch.Generator().manual_seed(0)}) for function in (torch.rand, torch.randn)
+    )
+    expected = {
+        Uniform(): uniform,
+        Uniform(shift=3.0): 3 * uniform / (1 + 2 * uniform),
+        Uniform(low=0.2, high=0.6): 0.2 + 0.4 * uniform,
+        LogitNormal(mean=0.3, std=0.7): torch.sigmoid(0.3 + 0.7 * normal),
+        Near(std=50): 0.5 + 0.05 * normal,
+        Shifted(by=50): 0.5 + torch.where(uniform < 0.5, -0.05, 0.05),
+    }
+    for sampler, times in expected.items():
+        drawn = draw(sampler, Linear(), 8, t=t)
+        assert torch.equal(drawn, times.float()) or torch.allclose(drawn.double(), times, rtol=2e-7, atol=0)
+
+
+def test_a_logit_normal_shift_may_depend_on_the_clean_sample():
+    like = torch.zeros(8, 3)
+    by_hand, asked = (
+        LogitNormal(shift=shift)(Linear(), like, generator=torch.Generator().manual_seed(0))
+        for shift in (3.0, lambda clean: float(clean.shape[1]))
+    )
+    assert torch.equal(by_hand, asked)
+
+
 @pytest.mark.parametrize("name", ["near", "shifted", "contributing"])
 def test_a_sampler_relative_to_t_cannot_draw_t_itself(name):
     with pytest.raises(ValueError, match=rf"'{name}' .*relative to t.*'uniform' or 'logit_normal'"):
@@ -625,22 +659,55 @@ def test_get_passes_a_callable_through():
     assert timesteps.get("t", mine) is mine
 
 
-def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown `t_prime` 'gaussian'") as error:
-        timesteps.get("t_prime", "gaussian")
-    for name in ("uniform", "near", "shifted", "logit_normal", "contributing"):
-        assert repr(name) in str(error.value)
+KNOWN = "expected one of 'uniform', 'near', 'shifted', 'logit_normal', 'contributing', or a callable"
+ALSO_CLEAN = "; or 'clean', which compares the clean estimates themselves"
 
 
-@pytest.mark.parametrize("value", [3, None, ("uniform",)])
-def test_what_is_neither_a_name_nor_callable_is_refused(value):
-    with pytest.raises(TypeError, match=r"`t` is .*'uniform'.*or a callable"):
-        timesteps.get("t", value)
+@pytest.mark.parametrize(("name", "more"), [("t", ""), ("t_prime", ALSO_CLEAN)])
+def test_an_unknown_name_lists_the_known_ones(name, more):
+    with pytest.raises(ValueError, match="unknown") as error:
+        timesteps.get(name, "gaussian")
+    assert str(error.value) == f"unknown `{name}` 'gaussian', {KNOWN}{more}."
+
+
+@pytest.mark.parametrize(("name", "more"), [("t", ""), ("t_prime", ALSO_CLEAN)])
+@pytest.mark.parametrize("value", [3, None, ("uniform",), Uniform])
+def test_what_is_neither_a_name_nor_callable_is_refused(value, name, more):
+    with pytest.raises(TypeError) as error:
+        timesteps.get(name, value)
+    assert str(error.value) == f"`{name}` is {value!r}, {KNOWN}{more}."
+
+
+def test_clean_is_for_t_prime_only():
+    assert timesteps.get("t_prime", "clean") == Clean() == timesteps.get("t_prime", Clean())
+    with pytest.raises(ValueError, match="unknown `t` 'clean'"):
+        timesteps.get("t", "clean")
+    with pytest.raises(ValueError, match="is 'clean'") as error:
+        timesteps.get("t", Clean())
+    assert str(error.value) == (
+        "`t` is 'clean', where there is nothing to denoise; it is for t' only. Use 'uniform' or 'logit_normal' for t."
+    )
 
 
 def test_within_narrows_a_sampler_of_the_package_and_keeps_the_rest_of_it():
     narrowed = timesteps.within(LogitNormal(mean=1.0, shift=2.0), 0.1, 0.9)
     assert narrowed == LogitNormal(mean=1.0, shift=2.0, low=0.1, high=0.9)
+
+
+def test_within_keeps_the_narrower_end():
+    assert timesteps.within(Uniform(low=0.2, high=0.8), 0.1, 0.9) == Uniform(low=0.2, high=0.8)
+    assert timesteps.within(Uniform(low=0.2, high=0.8), 0.3, 0.7) == Uniform(low=0.3, high=0.7)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clean_draws_the_clean_end(schedule, dtype):
+    first, last = schedule.drawn
+    drawn = Clean()(schedule, torch.zeros(3, 2, dtype=dtype))
+    assert drawn.dtype == (torch.int64 if schedule.discrete else torch.float32)
+    torch.testing.assert_close(drawn.double(), torch.full((3,), first, dtype=torch.float64))
+    assert Clean()(Linear(reverse=True), torch.zeros(3)).tolist() == [1, 1, 1]
+    assert last > first
 
 
 def test_within_leaves_a_callable_alone():
@@ -658,6 +725,8 @@ def test_within_leaves_a_callable_alone():
         (lambda: LogitNormal(std=0.0), "`std` is 0.0"),
         (lambda: Near(std=-1.0), "`std` is -1.0"),
         (lambda: Shifted(by=float("nan")), "`by` is nan"),
+        (lambda: Shifted(by=math.inf), "`by` is inf"),
+        (lambda: draw(Uniform(shift=lambda clean: 0.0), TABLE), "`shift` is 0.0"),
         (lambda: draw(Uniform(low=2000), TABLE), "expected 0 <= low <= high <= 999"),
         (lambda: draw(Uniform(low=20, high=10), TABLE), "`low` is 20 and `high` 10"),
         (lambda: draw(Uniform(low=100, high=200), EDM()), "expected 0.002 <= low <= high <= 80"),

@@ -142,6 +142,12 @@ def test_get_passes_a_callable_through():
     assert weights.get(mine, TABLE, EPSILON) is mine
 
 
+@pytest.mark.parametrize("gamma", [0, -1, float("inf"), float("nan"), "5", None])
+def test_a_gamma_that_is_no_positive_number_is_refused(gamma):
+    with pytest.raises(ValueError, match=rf"^`gamma` is {gamma!r}, expected a positive number\.$"):
+        MinSNR(schedule=TABLE, prediction=EPSILON, gamma=gamma)
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown weight 'snr', expected 'none', 'min_snr', or a callable"):
         weights.get("snr", TABLE, EPSILON)

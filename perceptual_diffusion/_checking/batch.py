@@ -1,5 +1,6 @@
 """The batch of one training step: data, condition, noise and times, drawn as training draws them."""
 
+import copy
 import math
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ class Batch:
 
     def __init__(self, objective: Any, model: nn.Module, clean: Sample, cond: Cond, generator: torch.Generator) -> None:
         self.objective, self.model, self.generator = objective, model, generator
+        self._samplers = {name: _apart(getattr(objective, name)) for name in ("t", "t_prime")}
         self.clean, self.cond = map_leaves(_own, clean), map_tensors(_own, dict(cond))
         self.like = first(self.clean)
         self.noise = map_leaves(self._normal, self.clean)
@@ -78,12 +80,20 @@ class Batch:
 
     def _times(self, name: str, t: Tensor | None, bounds: tuple[Any, Any]) -> Tensor:
         schedule = self.objective.schedule
-        drawn = getattr(self.objective, name)(schedule, self.like, t=t, generator=self.generator)
+        drawn = self._samplers[name](schedule, self.like, t=t, generator=self.generator)
         try:
             schedule.check(name, drawn, len(self.like), self.like.device, *bounds)
         except (TypeError, ValueError) as error:
             raise SetupError("time", f"the sampler of `{name}` draws wrong times: {error}") from error
         return cast(Tensor, drawn)
+
+
+def _apart(sampler: Any) -> Any:
+    """A copy, so that a sampler that counts or draws from a stream of its own goes on in training where it was."""
+    try:
+        return copy.deepcopy(sampler)
+    except Exception:  # whatever it holds may refuse in its own way
+        return sampler
 
 
 def _own(x: Tensor) -> Tensor:

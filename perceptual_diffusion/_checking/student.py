@@ -64,6 +64,9 @@ class Student:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
+                cause = error.__cause__
+                if isinstance(cause, Exception) and str(cause).rstrip(".") in str(error):  # told with all shapes
+                    error = cause
                 text = str(error).rstrip(".")
                 if isinstance(error, TypeError) and ("keyword argument" in text or "required" in text):
                     raise SetupError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from perceptual_diffusion import taps
@@ -49,7 +50,7 @@ class Adapter:
     sure: bool = True
 
     def __post_init__(self) -> None:
-        if self.time not in TIMES:
+        if not isinstance(self.time, str) or self.time not in TIMES:
             raise ValueError(f"`time` is {self.time!r}, expected one of {', '.join(map(repr, TIMES))}.")
 
 
@@ -121,6 +122,10 @@ def without_variance(output: Any, x_t: Sample) -> Sample:
 
 def known(model: nn.Module) -> Adapter | None:
     """Give the adapter of a model, or None where its class is unknown."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"`model` is a {type(model).__name__}, a compiled program without layers to tap. Pass the torch.nn.Module that it was made of."
+        )
     _load_entry_points()
     for cls in type(taps.unwrap(model)).__mro__:
         factory = _factories.get(_key(cls))
@@ -132,7 +137,20 @@ def known(model: nn.Module) -> Adapter | None:
                     "Return one from the function passed to `adapters.register`."
                 )
             return adapter
-    return None
+    return _sit(taps.unwrap(model))
+
+
+def _sit(model: nn.Module) -> Adapter | None:
+    """Give the adapter of a SiT: its own has the data at t = 1 and predicts clean − noise, REPA's the other way round."""
+    blocks = model._modules.get("blocks")
+    if type(model).__name__ != "SiT" or not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        return None
+    return Adapter(
+        family="SiT",
+        layers=(f"blocks.{len(blocks) // 2}",),
+        output=without_variance,
+        prediction=("-flow_prediction", "flow_prediction"),
+    )
 
 
 def is_known(model: nn.Module) -> bool:

@@ -2,9 +2,9 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from perceptual_diffusion.copies import Seen, alias_copy
 from perceptual_diffusion.precision import Precision
 from perceptual_diffusion.schedules import Schedule
 from perceptual_diffusion.types import ModelCall
+
+_T = TypeVar("_T")
 
 LEAST = 2**28
 """Bytes of parameters from which on leaving some out is worth the seconds that a pass on fake tensors takes."""
@@ -59,8 +61,8 @@ def after_layers(
             t = schedule.at(torch.full((batch_size(clean),), 0.5, dtype=torch.float64))
             t, clean, cond = map_tensors(lambda x: x.to(device), (t if schedule.discrete else t.float(), clean, cond))
             (clean, cond), run = Precision(alias)(clean, cond)
-            with order.watching(alias), order:
-                run(lambda: call(alias, clean, t, cond))
+            with order:
+                order.watching(alias, lambda: run(lambda: call(alias, clean, t, cond)))
     except Exception:  # it looks at values, or has a kernel without a rule for fake tensors
         return None
     return {originals[module] for module in order.after(alias, layers)} if order.past else None
@@ -80,25 +82,19 @@ class _Order(Seen):
         self.late: set[nn.Module] = set()
         self.past = False
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """See the order of what runs inside."""
+    def watching(self, model: nn.Module, run: Callable[[], _T]) -> _T:
+        """Run something, and see the order of what runs in it."""
 
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             (self.late if self.past else self.ran).add(module)
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             ended.add(module)
             self.past = self.past or ended == self.layers
 
         ended: set[nn.Module] = set()
-        handles = [module.register_forward_pre_hook(enter) for module in model.modules()]
-        handles += [module.register_forward_hook(leave) for module in self.layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        entering, leaving = [(module, enter) for module in model.modules()], [(module, leave) for module in self.layers]
+        return taps.hooked(lambda: taps.hooked(run, leaving), entering, before=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.past:

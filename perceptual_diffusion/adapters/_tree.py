@@ -1,7 +1,7 @@
 """A model's module tree as the general rule sees it: names split into words, wrappers left out, sizes in layers."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -79,6 +79,22 @@ def last(name: str, module: nn.Module) -> str:
 def is_called(module: nn.Module) -> bool:
     """Whether it has a forward pass: lists and bare modules have none."""
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def check_called(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise unless each layer is a module that runs.
+
+    Raises:
+        ValueError: a layer does not exist, or is a list, which is never called itself.
+    """
+    for name in layers:
+        module = taps.unwrap(taps.layer(model, name))
+        if not is_called(module):
+            held = ", ".join(f"'{name}.{key}'" for key in list(module._modules)[:3])
+            raise ValueError(
+                f"`layers` has {name!r}, a {type(module).__name__}, which is never called itself. Name a module in it"
+                f"{f', such as {held}' if held else ''}."
+            )
 
 
 def is_block(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Put an objective together: adapter of the model, process of the scheduler, teacher."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from perceptual_diffusion import objective, taps
 from perceptual_diffusion._shapes import check_sample, first, map_scaled, over
 from perceptual_diffusion.adapters import edm
+from perceptual_diffusion.adapters._explained import Explained
 from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known, without_variance
 from perceptual_diffusion.adapters._trace import after_layers
+from perceptual_diffusion.adapters._tree import check_called
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
 from perceptual_diffusion.copies import same_storage
 from perceptual_diffusion.lora import LoraTeacher
@@ -52,7 +55,9 @@ def assemble(
     if not names and not outside:
         log = logger.info if adapter.sure else logger.warning
         log("%s: comparing the features of %s (%s)", type(model).__name__, ", ".join(adapter.layers), adapter.why)
-    student_call = call or _family_call(adapter, process)
+    if not outside:
+        check_called(teacher if isinstance(teacher, nn.Module) else model, names)
+    student_call = Explained(_family_call(adapter, process) if call is None else call)
     options = {
         "layers": names or adapter.layers,
         "call": student_call,
@@ -63,7 +68,7 @@ def assemble(
     return {
         "schedule": process.schedule,
         "prediction": _prediction(adapter, process) if prediction is None else prediction,
-        "call": student_call,
+        "call": _Heard(student_call),
         "output": output or adapter.output,
         "t": process.t if t is None else t,
         "teacher": _teacher(model, teacher, process.schedule, options, how | {"own_call": call is not None}),
@@ -82,11 +87,11 @@ def denoiser(pipeline: Any) -> nn.Module:
         return models[found[0]]
     if not found:
         raise ValueError(
-            f"{type(pipeline).__name__} has no known denoiser among {', '.join(models) or 'its components'}. Pass the model "
+            f"{type(pipeline).__name__} has no known denoiser among {', '.join(map(str, models)) or 'its components'}. Pass the model "
             "itself, and `pipeline.scheduler`."
         )
     raise ValueError(
-        f"{type(pipeline).__name__} has {len(found)} denoisers: {', '.join(found)}. Pass one of "
+        f"{type(pipeline).__name__} has {len(found)} denoisers: {', '.join(map(str, found))}. Pass one of "
         f"{', '.join(f'`pipeline.{name}`' for name in found)} and `pipeline.scheduler`."
     )
 
@@ -184,6 +189,32 @@ class _Scaled:
         return self.call(model, *self.model_input(x_t, t), cond)
 
 
+class _Heard:
+    """A call of the student, listened to until one with gradient has been well.
+
+    Of a reentrant checkpoint whose inputs have no gradient, torch drops the gradient of the weights inside with a warning.
+    """
+
+    def __init__(self, call: ModelCall) -> None:
+        self.call, self._well = call, False
+
+    def __call__(self, model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
+        trains = torch.is_grad_enabled() and isinstance(model, nn.Module)
+        if self._well or not trains or not any(p.requires_grad for p in model.parameters()):
+            return self.call(model, x_t, t, cond)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "None of the inputs have requires_grad", UserWarning)
+            try:
+                output = self.call(model, x_t, t, cond)
+            except UserWarning as warning:
+                raise ValueError(
+                    "`model` checkpoints with `use_reentrant=True` a part whose inputs have no gradient, as where only LoRA layers "
+                    "are trained: what is trained inside would get none. Use `use_reentrant=False`."
+                ) from warning
+        self._well = True
+        return output
+
+
 def _teacher(
     model: nn.Module, teacher: Any, schedule: Schedule, options: Mapping[str, Any], how: Mapping[str, Any]
 ) -> Any:
@@ -232,7 +263,7 @@ MEANT_FOR = {
 
 def _check_options(kind: str, how: Mapping[str, Any]) -> None:
     for name, kinds in MEANT_FOR.items():
-        if how[name] not in (None, False) and kind not in kinds:
+        if not (how[name] is None or how[name] is False) and kind not in kinds:
             raise ValueError(
                 f"`{name}` is given, but the teacher is {kind if kind.startswith('a ') else repr(kind)}. It is for "
                 f"{', '.join(k if k.startswith('a ') else repr(k) for k in kinds)} only; leave it out."

@@ -262,6 +262,10 @@ def _join(x: Any, clean: Any, dim: int, before: bool) -> Any:
                 "its parts are joined."
             )
         return {key: _join(x[key], clean[key], dim, before) if key in clean else x[key] for key in x}
+    if isinstance(x, list) and not (isinstance(clean, list | tuple) and len(clean) == len(x)):
+        raise ValueError(
+            f"`cond['concat']` is {describe(clean)}, expected a list of {len(x)} tensors, one for each of the samples."
+        )
     if isinstance(x, list):
         inner = dim - 1 if dim > 0 else dim
         return [[*b, a] if isinstance(b, list) else _join(a, b, inner, before) for a, b in zip(x, clean, strict=True)]

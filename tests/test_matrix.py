@@ -1,0 +1,82 @@
+"""However a model is trained, the weights become those of Algorithm 1; or a clear error says what to do."""
+
+from importlib.util import find_spec
+
+import matrix
+import pytest
+from matrix import Cell
+
+QUICK = [
+    ("cell", *Cell(*cell))
+    for cell in (
+        ("one process", "copy", "reentrant"),
+        ("DDP", "copy", "non-reentrant"),
+        ("DDP", "copy", "off", "off", "bf16"),
+        ("DDP", "lora"),
+        ("DDP", "lora", "non-reentrant", "off", "bf16"),
+        ("DDP", "lora", "reentrant"),
+        ("DDP", "module", "reentrant"),
+        ("FSDP2 root", "copy", "non-reentrant"),
+        ("FSDP2 blocks", "copy"),
+        ("FSDP2 blocks", "lora"),
+        ("FSDP2 blocks", "copy", "off", "off", "fp32", "blocks"),
+        ("FSDP2 without root", "copy"),
+        ("FSDP1", "copy"),
+    )
+] + [("draws", *Cell("DDP")), ("unequal", "auto")]
+LAUNCHERS = [*matrix.LAUNCHERS, "FSDP1", "FSDP2 without root"]
+
+
+def named(jobs):
+    return pytest.mark.parametrize("job", jobs, ids=[" ".join(map(str, job)) for job in jobs])
+
+
+def accept(found):
+    """Equal, or refused by the package with a way out."""
+    assert found["what"] in ("equal", "refused"), f"{found['what']}: {found.get('apart')} {found.get('why')}"
+    if found["what"] == "refused":
+        assert any(word in found["why"] for word in ("Use ", "Pass ", "Call "))
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return dict(matrix.run(QUICK, tmp_path_factory.mktemp("quick")))
+
+
+@named(QUICK)
+def test_two_processes_end_at_the_weights_of_algorithm_1_or_say_why_not(quick, job):
+    accept(quick[job])
+    refused = job[1:3] == ("FSDP2 blocks", "lora") or job[2:4] == ("lora", "reentrant")
+    assert quick[job]["what"] == ("refused" if refused else "equal")
+
+
+def needs_deepspeed(launcher):
+    if launcher.startswith("ZeRO") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["off", "aot_eager", "inductor"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_no_cell_of_the_matrix_is_silently_wrong(launcher, compiled, tmp_path):
+    needs_deepspeed(launcher)
+    cells = [c for c in (*matrix.MAIN, *matrix.FURTHER) if (c.launcher, c.compile) == (launcher, compiled)]
+    jobs = [("cell", *cell) for cell in cells]
+    for job, found in matrix.run(jobs, tmp_path):
+        print(" ".join(job), found)
+        accept(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS[1:])
+def test_every_launcher_draws_apart_and_goes_on_from_a_saved_state(launcher, tmp_path):
+    needs_deepspeed(launcher)
+    ((_, found),) = matrix.run([("draws", *Cell(launcher))], tmp_path)
+    assert found["what"] == "equal", found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [1, None])
+def test_unequal_batches_and_a_sharded_teacher_are_right_or_refused(micro_batch, tmp_path):
+    ((_, found),) = matrix.run([("unequal", micro_batch)], tmp_path)
+    accept(found)
