@@ -446,7 +446,7 @@ class SelfPerceptualObjective:
             generator.set_state(state.cpu())
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"`state` is no state of a generator on `device` {device!r}: {error}. Pass what `rng_state` gave there."
+                f"`state` is no state of a generator on `device` {device!r}: {str(error).rstrip('.')}. Pass what `rng_state` gave there."
             ) from error
         self._generator = generator
 

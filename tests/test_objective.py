@@ -633,6 +633,13 @@ def test_wrap_copies_as_it_is_told():
     assert small(features="all")[1].teacher.features == "all"
 
 
+def test_an_mse_without_weight_may_overflow():
+    objective = bare(teacher=lambda x, t, cond: [torch.tanh(x)])
+    loss = objective.loss(1e30 * (1 + X), clean=X, noise=X, t=T)
+    assert objective.terms["mse"].isinf().all()
+    assert loss.isfinite()
+
+
 def test_contributing_weighs_the_perceptual_loss_and_not_the_mse():
     drawn, given = (bare(t_prime=kind, mse_weight=0.5, seed=3) for kind in ("contributing", "uniform"))
     options = {"clean": X, "noise": X.sin(), "t": T, "reduction": "none"}
@@ -910,7 +917,11 @@ BAD_LOSS = {
     "t_prime is bfloat16": (TypeError, "`t_prime` has dtype torch.bfloat16", {"t_prime": T.bfloat16()}),
     "unknown reduction": (ValueError, "unknown reduction 'sum', expected 'mean' or 'none'", {"reduction": "sum"}),
     "generator is a number": (TypeError, "`generator` is a.* int, expected a torch.Generator", {"generator": 3}),
-    "cond is a tensor": (TypeError, "`cond` is", {"cond": X}),
+    "cond is a tensor": (
+        TypeError,
+        r"^`cond` is a Tensor, expected a mapping of the model's.*such as `\{'encoder_hidden_states': text\}`\.$",
+        {"cond": X},
+    ),
     "cond is a list": (TypeError, "`cond` is", {"cond": [X]}),
 }
 
