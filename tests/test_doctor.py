@@ -81,9 +81,9 @@ def test_a_dtype_that_torch_cannot_train_in_is_a_note_but_float32_must_work():
     assert full.problems == [half.note]
 
 
-def test_a_compiler_that_fails_or_is_off_is_a_note(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    (result,) = selftest.compiled("cpu")
+def test_a_compiler_that_fails_or_is_off_is_a_note():
+    with torch._dynamo.config.patch(disable=True):  # set and deleted, as by monkeypatch, it would not exist afterwards
+        (result,) = selftest.compiled("cpu")
     assert (result.problems, result.note) == ([], "torch.compile is switched off here")
 
 
