@@ -143,6 +143,14 @@ def test_sampling_begins_at_the_last_timestep_where_the_schedule_ends_at_zero_sn
     assert Sampler(str(own), Settings(device="cpu")).spacing == "trailing"
 
 
+def test_what_samples_were_made_with_is_json_that_does_not_vary_whatever_the_scheduler_holds(models):
+    sampler = Sampler(str(models("ddpm")), Settings(device="cpu"))
+    sampler.pipe.scheduler.register_to_config(quantization_config="int8", trained_betas=np.array([0.1, 0.2]))
+    config = json.loads(json.dumps(sampler.facts()))["scheduler"]["config"]
+    assert (config["quantization_config"], config["trained_betas"]) == ("int8", [0.1, 0.2])
+    assert "_use_default_values" not in config, "its order is that of a set"
+
+
 def test_half_precision_samples_nearly_the_same(models):
     whole, half = (draw(models("ddpm"), precision=precision)[0] for precision in ("no", "bf16"))
     assert 0 < abs(whole - half).mean() < 12

@@ -182,7 +182,9 @@ class Sampler:
 
     def facts(self) -> dict[str, Any]:
         """Say what was sampled, and how, as JSON can hold it."""
-        scheduler = json.loads(json.dumps(dict(self.pipe.scheduler.config), default=str))
+        # not `to_json_string`, which fails on a config with a `quantization_config`; the list left out has no order of its own
+        config = {k: v for k, v in self.pipe.scheduler.config.items() if k != "_use_default_values"}
+        scheduler = json.loads(json.dumps(config, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
         settings = {key: value for key, value in asdict(self.settings).items() if key not in ("prompts", "classes")}
         settings |= {"n": self.n, "guidance": self.guidance}
         return {
