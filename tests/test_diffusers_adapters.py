@@ -625,6 +625,28 @@ def test_a_schedule_of_ours_says_nothing_so_the_class_or_the_user_does():
         assert SelfPerceptualObjective.wrap(build(name)[0], schedules.Linear()).prediction.name == kind
 
 
+PATHS = {  # the sign and size of a velocity in t, where a class's own is noise − clean over t from 0 to 1
+    "data last": (schedules.Interpolant(lambda t: t, lambda t: 1 - t), 0.25, -1.0),
+    "of 0 to 4": (schedules.Interpolant(lambda t: 1 - t / 4, lambda t: t / 4, low=0, high=4), 3.0, 0.25),
+}
+
+
+@pytest.mark.parametrize(("path", "t", "size"), marked(PATHS))
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "Lumina2Transformer2DModel"])
+def test_the_sign_of_a_class_is_not_taken_for_a_path_with_another(name, path, t, size):
+    """A velocity is the derivative in the path's own t: not noise − clean, so a class does not say what it is there."""
+    clean, noise = path.velocity(torch.tensor([t]))
+    assert (clean.item(), noise.item()) == (-size, size)
+    model = build(name)[0]
+    with pytest.raises(ValueError, match="`prediction` is missing: models of the family .* Pass `prediction='flow_pre"):
+        SelfPerceptualObjective.wrap(model, path)
+    assert (
+        SelfPerceptualObjective.wrap(model, path, prediction="-flow_prediction").prediction.name == "-flow_prediction"
+    )
+    forward = schedules.Interpolant(lambda t: 1 - t, lambda t: t)
+    assert SelfPerceptualObjective.wrap(model, forward).prediction.name.endswith("flow_prediction")
+
+
 # --- the time that the model is given ---------------------------------------------------------------------------------
 
 UNITS = {  # the class: its time of a noise level between 0 (clean) and 1
@@ -658,7 +680,8 @@ def test_a_schedule_of_ours_gives_each_class_its_own_unit(name, schedule, t):
     case = Called(name)
     _, sigma = schedule(t)
     torch.testing.assert_close(sigma.float(), LEVEL)
-    prediction = "v_prediction" if case.family.prediction is None else None
+    unsaid = case.family.prediction is None or isinstance(schedule, schedules.Interpolant)
+    prediction = "v_prediction" if unsaid else None
     objective = SelfPerceptualObjective.wrap(case.model, schedule, prediction=prediction)
     objective.call(case.model, case.tiny.clean, t, case.cond)
     torch.testing.assert_close(case.given[argument], unit(LEVEL), rtol=1e-5, atol=1e-5)

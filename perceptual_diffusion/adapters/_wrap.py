@@ -19,7 +19,7 @@ from perceptual_diffusion.adapters._tree import check_called
 from perceptual_diffusion.adapters.schedulers import ModelInput, Process, read
 from perceptual_diffusion.copies import same_storage
 from perceptual_diffusion.lora import LoraTeacher
-from perceptual_diffusion.schedules import EDM, Linear, Schedule
+from perceptual_diffusion.schedules import EDM, Interpolant, Linear, Schedule
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 from perceptual_diffusion.types import Cond, ModelCall
 
@@ -120,7 +120,22 @@ def _prediction(adapter: Adapter, process: Process) -> Any:
     if isinstance(adapter.prediction, tuple):
         kinds = " or ".join(f"`prediction={kind!r}`" for kind in adapter.prediction)
         raise ValueError(f"released models of the family {adapter.family} differ in what they predict. Pass {kinds}.")
+    if (
+        adapter.prediction in FLOWS
+        and isinstance(process.schedule, Interpolant)
+        and not _runs_to_noise(process.schedule)
+    ):
+        raise ValueError(
+            f"`prediction` is missing: models of the family {adapter.family} predict a velocity, which on {process.schedule!r} is the derivative "
+            "in its own t, with another sign or size than theirs. Pass `prediction='flow_prediction'` for that derivative, "
+            "'-flow_prediction' for its negative, or `schedules.Linear`."
+        )
     return adapter.prediction
+
+
+def _runs_to_noise(schedule: Interpolant) -> bool:
+    """Whether its derivative has the sign and the size of the path from t = 0 (clean) to 1."""
+    return not schedule.noise_first and schedule.high - schedule.low == 1
 
 
 def _names(layers: Any) -> tuple[str, ...]:
