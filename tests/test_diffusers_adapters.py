@@ -638,7 +638,9 @@ def test_the_sign_of_a_class_is_not_taken_for_a_path_with_another(name, path, t,
     clean, noise = path.velocity(torch.tensor([t]))
     assert (clean.item(), noise.item()) == (-size, size)
     model = build(name)[0]
-    with pytest.raises(ValueError, match="`prediction` is missing: models of the family .* Pass `prediction='flow_pre"):
+    with pytest.raises(
+        ValueError, match=r"`prediction` is missing: models of the family .* Pass `prediction='flow_pre"
+    ):
         SelfPerceptualObjective.wrap(model, path)
     assert (
         SelfPerceptualObjective.wrap(model, path, prediction="-flow_prediction").prediction.name == "-flow_prediction"
