@@ -350,6 +350,24 @@ def test_the_tables_of_the_docs_are_those_of_the_results():
         render.fill("", [a_row(table="1", metric="FD")])
 
 
+def test_the_price_is_the_plans_trainings_and_passes(monkeypatch):
+    way = Sampling(steps=50, guidance=3.0, n=1000)
+    plan = {number: [] for number in "1234567"} | {
+        "1": [(render.UNET, "base", (way,)), (render.UNET, "sp", (Sampling(),))],
+        "2": [(render.UNET, "sp", (Sampling(),)), ("another base", "sp", (way,))],
+    }
+    monkeypatch.setattr(render, "TABLES", plan)
+    rows = [
+        {"model": "M", "resolution": 8, "variant": name, "flops": flops}
+        for name, flops in (("MSE", 3e12), ("plain autograd", 4e12), ("as printed", 9e12))
+    ]
+    training, sampling = 4e12 * 64 * 1000, 1e12
+    whole = 3 * (training + sampling * (2 * 50 * 1000 + 25 * 10_000))
+    hours = [flops / (0.4 * 989.4e12 * 3600) for flops in (training + sampling * 250_000, whole)]
+    assert render.price(rows).splitlines()[2:] == [f"| M, 8 | 256 | 250 | {hours[0]:.1f} | {hours[1]:.1f} |"]
+    assert {row["variant"] for row in render.counted()} == {"MSE", "plain autograd", "micro-batches of 1"}
+
+
 def test_the_figure_shows_each_recipe_against_mse_of_the_same_seed_n_and_base():
     about = {"table": "1", "metric": "FD-X", "base": "b", "base_steps": 20, "nfe": 25, "guidance": "none", "n": 100}
     values = {

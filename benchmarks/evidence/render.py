@@ -1,5 +1,6 @@
 """Make the tables and the figure of `docs/evidence.md` from `benchmarks/evidence/results.json`: `python benchmarks/evidence/render.py`."""
 
+import json
 import math
 import re
 import statistics
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _rows
+from _plan import SEEDS, STEPS, TABLES, UNET
 from _rows import Row
 from matplotlib.figure import Figure
 from scipy import stats
@@ -14,6 +16,11 @@ from scipy import stats
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs/evidence.md"
 PICTURE = ROOT / "docs/images/evidence_recipes.png"
+COUNTED = ROOT / "benchmarks/results/step_cost.json"
+BATCH, FORWARD, SAMPLES = 64, 1 / 3, 10_000
+"""Of fine-tuning; what a pass costs of a training step; where the plan leaves the number of samples to the base."""
+H100 = 0.4 * 989.4e12
+"""FLOPs a second: four tenths of the dense bfloat16 peak that NVIDIA's data sheet gives for the SXM module."""
 OF = tuple(name for name in _rows.KEY if name not in ("table", "seed", "metric"))
 ORDER = ("FD", "KID", "precision", "recall", "CS", "class", "nearest")
 
@@ -94,6 +101,37 @@ def verdict(rows: Sequence[Row]) -> str:
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
+def price(counted: Sequence[Row]) -> str:
+    """What tables 1 to 7 would take on published models, from operations counted by `step_cost.py`; hours are worked out, not measured.
+
+    Args:
+        counted: its rows: a training step of one sample, "MSE" and "plain autograd", which is the objective.
+    """
+    plan = {(name, how) for number in "1234567" for base, name, ways in TABLES[number] if base == UNET for how in ways}
+    trained = {name for name, _ in plan} - {"base"}
+    passes = sum(how.steps * (how.n or SAMPLES) * (2 if how.guidance != 1 else 1) for _, how in plan)
+    one = 25 * SAMPLES
+    lines = [
+        "| model, pixels | training once, PFLOPs | 10,000 samples, PFLOPs | H100 hours for both | H100 hours, tables 1 to 7 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for model in dict.fromkeys((row["model"], row["resolution"]) for row in counted):
+        step = {row["variant"]: row["flops"] for row in counted if (row["model"], row["resolution"]) == model}
+        training, sampling = step["plain autograd"] * BATCH * STEPS, step["MSE"] * FORWARD
+        whole = len(SEEDS) * (len(trained) * training + passes * sampling)
+        hours = [f"{flops / H100 / 3600:,.1f}" for flops in (training + one * sampling, whole)]
+        cells = [f"{model[0]}, {model[1]}", f"{training / 1e15:.0f}", f"{one * sampling / 1e15:.0f}", *hours]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def counted() -> list[Row]:
+    """The rows of `step_cost.py` that `price` needs."""
+    rows = json.loads(COUNTED.read_text(encoding="utf-8"))["rows"]
+    wanted = {"part": "counted", "batch": 1, "lora": False, "outside": False}
+    return [row for row in rows if wanted.items() <= row.items()]
+
+
 def fill(text: str, rows: Sequence[Row]) -> str:
     """Put the tables between their marks, `<!-- table 1 -->` and `<!-- /table 1 -->`.
 
@@ -102,7 +140,7 @@ def fill(text: str, rows: Sequence[Row]) -> str:
     """
     made = dict.fromkeys(re.findall(r"<!-- (table \w+) -->", text), "Not measured yet.")
     made |= {f"table {number}": table(rows, number) for number in sorted({row["table"] for row in rows})}
-    made["verdict"] = verdict(rows)
+    made |= {"verdict": verdict(rows), "price": price(counted())}
     for name, content in made.items():
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
         if not pattern.search(text):
