@@ -324,6 +324,15 @@ def test_an_out_that_no_folder_can_have_is_refused(tmp_path):
     assert "cannot be used" in result.stderr
 
 
+def test_an_out_in_what_is_no_folder_is_named_once(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = invoke("demo", "--out", tmp_path / "file/out")
+    assert result.exit_code == 2
+    assert result.stderr.count("file/out") == 1
+    assert "Not a directory. Give another folder." in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     result = invoke("demo", "--out", tmp_path)

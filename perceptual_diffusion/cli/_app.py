@@ -26,7 +26,7 @@ def root(
     """A perceptual training loss for any diffusion or flow model, made by the model's own frozen copy."""
 
 
-@app.command()
+@app.command(short_help="Fine-tune the packaged model, and compare with MSE.")
 def demo(
     steps: Annotated[int, typer.Option(help="Steps of fine-tuning with the objective.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of data order, noise, dropout and samples.")] = 0,
@@ -36,7 +36,7 @@ def demo(
         str, typer.Option(help="emoji, digits, fashion-mnist, or a folder of pictures (subfolders are classes).")
     ] = "emoji",
     samples: Annotated[int, typer.Option(help="Samples per model that the metrics see.")] = 256,
-    resume: Annotated[bool, typer.Option(help="Continue an interrupted run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
 ) -> None:
     """Fine-tune the packaged model with the self-perceptual objective and with MSE, and compare their samples."""
     with _app_tools.refusing():
@@ -52,7 +52,7 @@ def demo(
         raise typer.Exit(130)
 
 
-@app.command()
+@app.command(short_help="Show a model's blocks, its middle, and what a step costs.")
 def inspect(
     model: Annotated[
         str, typer.Argument(help="A folder of diffusers (a model or a pipeline), a hub id, or module:callable.")
@@ -69,7 +69,7 @@ def inspect(
     ] = None,
     prediction: Annotated[str | None, typer.Option(help="What the model predicts, where nothing says it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    probe: Annotated[bool, typer.Option(help="Measure the layers on the batch; needs the weights.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure the layers on the batch; needs the weights.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the probe into this picture.")] = None,
 ) -> None:
     """Show a model's blocks, its middle, its schedule, and what a step of the objective costs; --probe ranks its layers."""
@@ -83,11 +83,11 @@ def inspect(
         run(settings, as_json=as_json)
 
 
-@app.command()
+@app.command(short_help="Fine-tune a pipeline of diffusers on pictures.")
 def train(
     config: Annotated[Path, typer.Argument(help="A TOML or JSON file: docs/cli.md lists its keys.")],
-    resume: Annotated[bool, typer.Option(help="Continue the run in the config's `out`.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Print the plan and the cost; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the config's `out`.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the cost; write nothing.")] = False,
 ) -> None:
     """Fine-tune a pipeline of diffusers on a folder of pictures; `accelerate launch -m perceptual_diffusion train` on several devices."""
     with _app_tools.refusing():

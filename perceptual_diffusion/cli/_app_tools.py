@@ -70,9 +70,9 @@ def _settings(*, prompt: list[str] | None, prompts: Path | None, labels: list[st
 
 def add(app: typer.Typer) -> None:
     """Give an app the commands `sample`, `evaluate` and `doctor`."""
-    app.command()(sample)
-    app.command()(evaluate)
-    app.command()(doctor)
+    app.command(short_help="Sample pictures from a pipeline into a folder.")(sample)
+    app.command(short_help="Compare folders of pictures, or a model with one.")(evaluate)
+    app.command(short_help="Test whether everything is exact on this machine.")(doctor)
 
 
 def sample(

@@ -84,7 +84,9 @@ def run(settings: Settings, *, out: Path, resume: bool) -> bool:
         held = contextlib.ExitStack()
         held.enter_context(hold(out))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--out {str(out)[:80]!r} cannot be used: {error}. Give another folder.") from error
+        itself = isinstance(error, OSError) and error.filename in (None, str(out))
+        reason = getattr(error, "strerror", None) if itself else None
+        raise UserError(f"--out {str(out)[:80]!r} cannot be used: {reason or error}. Give another folder.") from error
     try:
         with held, Stop().listening() as stop, warnings.catch_warnings():
             _check(out, resume, key)  # another run may have begun or ended meanwhile
