@@ -98,14 +98,16 @@ class Precision:
                     return attempt()
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:
-                if not torch.amp.is_autocast_available(device):
+            except RuntimeError as error:
+                # what a model raises is told again as a RuntimeError; only torch's own may be of dtypes
+                own = error.__cause__ is None or isinstance(error.__cause__, RuntimeError)
+                if not own or not torch.amp.is_autocast_available(device):
                     raise
         try:
             with torch.autocast(device, dtype=dtype):
                 result = attempt()
         except RuntimeError as error:
-            raise error from None
+            raise error from error.__cause__  # not from the attempt before
         self.autocast = True
         return result
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,47 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         run.checkpoints.save(2)
     assert run.checkpoints.load() == 1
+
+
+WORK = ["_begin", "_write", "_publish", "_tidy"]
+
+
+def failing(rank, path, results):
+    """A process of two, of which the first cannot write."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
+    given = {"init_method": f"file://{path}/store", "rank": rank, "world_size": 2, "timeout": timedelta(seconds=30)}
+    torch.distributed.init_process_group("gloo", **given)
+    run = Run(Path(path) / "run")
+    assert run.accelerator.num_processes == 2
+    run.checkpoints.save(1)
+    told = {}
+    for where in WORK:
+        full = OSError(f"disk full in {where}") if rank == 0 else None
+        if full is not None:
+            setattr(run.checkpoints, where, lambda *given, full=full: (_ for _ in ()).throw(full))
+        try:
+            run.checkpoints.save(2)
+        except OSError as error:
+            told[where] = str(error), run.checkpoints.load()
+        vars(run.checkpoints).pop(where, None)
+    results[rank] = told
+    torch.distributed.destroy_process_group()
+
+
+def test_where_one_process_cannot_write_all_raise_and_none_waits(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(failing, (str(tmp_path), results), nprocs=2)
+        found = dict(results)
+    for where in WORK:
+        there = 2 if where == "_tidy" else 1
+        assert found[0][where] == (f"disk full in {where}", there)
+        assert found[1][where] == (
+            f"the checkpoint could not be written by another process: disk full in {where}",
+            there,
+        )
 
 
 def damaged(place, how):

@@ -9,7 +9,7 @@ from models import conditional_unet, distance, dit
 from torch import nn
 from zoo import NO_CPU_BACKWARD, ROWS, B, build, normal
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters
+from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
 from perceptual_diffusion._shapes import leaves, map_leaves
 from perceptual_diffusion.checks import SetupError, check
 from perceptual_diffusion.precision import Precision, is_held
@@ -297,6 +297,25 @@ def test_an_error_that_is_no_matter_of_precision_is_the_models_own():
     with pytest.raises(RuntimeError, match="channels"):
         half(normal(2, 3, 8, 8), T, TEXT)
     assert not half._precision.autocast
+
+
+@pytest.mark.parametrize("fault", [KeyError("deep"), RuntimeError("deep")], ids=lambda error: type(error).__name__)
+def test_what_a_half_precision_teacher_fails_with_is_the_cause_as_in_float32(fault):
+    passes = []
+
+    class Failing(Turned):
+        def forward(self, x, t, turn):
+            passes.append(1)
+            raise fault
+
+    objective = SelfPerceptualObjective.wrap(
+        Failing(), schedules.Linear(), prediction="flow_prediction", layers="last", teacher_dtype=BF16, truncate=False,
+        call=lambda model, x, t, cond: model(x, t, **cond),
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="deep") as caught:
+        objective.teacher(normal(4, 5), T, {"turn": normal(7, 7)})
+    assert caught.value.__cause__ is fault
+    assert len(passes) == (1 if isinstance(fault, KeyError) else 2), "only what may be of dtypes is tried again"
 
 
 def kept(teacher, x):

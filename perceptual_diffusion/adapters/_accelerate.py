@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,37 +65,58 @@ class Checkpoints:
         Raises:
             OSError: a file could not be written; the checkpoint before is as it was.
         """
-        accelerator, place = self.accelerator, self.folder / _name(step)
+        place = self.folder / _name(step)
         draft, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
-        if accelerator.is_main_process:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        accelerator.wait_for_everyone()
         try:
-            self._write(draft)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                self._describe(draft, step)
-                self._restore()
-                if place.exists():
-                    shutil.rmtree(old, ignore_errors=True)
-                    os.replace(place, old)
-                os.replace(draft, place)
-                sync(self.folder)
+            self._together(lambda: self._begin(draft), everywhere=False)
+            self._together(lambda: self._write(draft))
+            self._together(lambda: self._publish(draft, place, old, step), everywhere=False)
         except BaseException:
-            if accelerator.is_main_process:  # a full disk has its space back
+            if self.accelerator.is_main_process:  # a full disk has its space back
                 shutil.rmtree(draft, ignore_errors=True)
                 self._restore()
             raise
-        if accelerator.is_main_process:
-            for left in self.folder.glob(".step-*"):  # by a kill
-                if NAME.fullmatch(left.stem[1:]) and left.suffix in (".tmp", ".old"):
-                    shutil.rmtree(left)
-            for older in [x for x in self._found() if x.is_dir()][: -self.keep]:
-                os.replace(older, hidden := older.with_name(f".{older.name}.tmp"))  # half of it is no checkpoint
-                shutil.rmtree(hidden)
-        accelerator.wait_for_everyone()
+        self._together(self._tidy, everywhere=False)
         return place
+
+    def _together(self, work: Callable[[], None], *, everywhere: bool = True) -> None:
+        """Do something on every process, or on the main one while the others wait; where one fails, all raise."""
+        from accelerate.utils import gather_object
+
+        failure = None
+        try:
+            if everywhere or self.accelerator.is_main_process:
+                work()
+        except OSError as error:
+            failure = error
+        told = gather_object([] if failure is None else [str(failure)])
+        if failure is not None:
+            raise failure
+        if told:
+            raise OSError(f"the checkpoint could not be written by another process: {told[0]}")
+
+    def _begin(self, draft: Path) -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+
+    def _publish(self, draft: Path, place: Path, old: Path, step: int) -> None:
+        """Give a whole checkpoint its name."""
+        self._describe(draft, step)
+        self._restore()
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(place, old)
+        os.replace(draft, place)
+        sync(self.folder)
+
+    def _tidy(self) -> None:
+        """Delete what a kill has left, and the oldest checkpoints."""
+        for left in self.folder.glob(".step-*"):
+            if NAME.fullmatch(left.stem[1:]) and left.suffix in (".tmp", ".old"):
+                shutil.rmtree(left)
+        for older in [x for x in self._found() if x.is_dir()][: -self.keep]:
+            os.replace(older, hidden := older.with_name(f".{older.name}.tmp"))  # half of it is no checkpoint
+            shutil.rmtree(hidden)
 
     def _write(self, draft: Path) -> None:
         """Write the files of this process."""

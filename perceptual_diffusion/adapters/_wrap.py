@@ -1,7 +1,6 @@
 """Put an objective together: adapter of the model, process of the scheduler, teacher."""
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from perceptual_diffusion import objective, taps
 from perceptual_diffusion._shapes import check_sample, first, map_scaled, over
 from perceptual_diffusion.adapters import edm
 from perceptual_diffusion.adapters._explained import Explained
+from perceptual_diffusion.adapters._heard import Heard
 from perceptual_diffusion.adapters._registry import Adapter, find, is_known, known, without_variance
 from perceptual_diffusion.adapters._trace import after_layers
 from perceptual_diffusion.adapters._tree import check_called
@@ -68,7 +68,7 @@ def assemble(
     return {
         "schedule": process.schedule,
         "prediction": _prediction(adapter, process) if prediction is None else prediction,
-        "call": _Heard(student_call),
+        "call": Heard(student_call),
         "output": output or adapter.output,
         "t": process.t if t is None else t,
         "teacher": _teacher(model, teacher, process.schedule, options, how | {"own_call": call is not None}),
@@ -202,32 +202,6 @@ class _Scaled:
 
     def __call__(self, model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
         return self.call(model, *self.model_input(x_t, t), cond)
-
-
-class _Heard:
-    """A call of the student, listened to until one with gradient has been well.
-
-    Of a reentrant checkpoint whose inputs have no gradient, torch drops the gradient of the weights inside with a warning.
-    """
-
-    def __init__(self, call: ModelCall) -> None:
-        self.call, self._well = call, False
-
-    def __call__(self, model: Any, x_t: Any, t: Tensor, cond: Cond, /) -> Any:
-        trains = torch.is_grad_enabled() and isinstance(model, nn.Module)
-        if self._well or not trains or not any(p.requires_grad for p in model.parameters()):
-            return self.call(model, x_t, t, cond)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "None of the inputs have requires_grad", UserWarning)
-            try:
-                output = self.call(model, x_t, t, cond)
-            except UserWarning as warning:
-                raise ValueError(
-                    "`model` checkpoints with `use_reentrant=True` a part whose inputs have no gradient, as where only LoRA layers "
-                    "are trained: what is trained inside would get none. Use `use_reentrant=False`."
-                ) from warning
-        self._well = True
-        return output
 
 
 def _teacher(
