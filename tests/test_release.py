@@ -56,7 +56,7 @@ def test_workflows_may_only_read_and_keep_no_credentials(path):
 def test_scripts_that_workflows_and_papers_name_are_there():
     text = "".join(path.read_text("utf-8") for path in [*WORKFLOWS, ROOT / "RELEASING.md", ROOT / "CONTRIBUTING.md"])
     named = set(re.findall(r"(?:bash|python) ((?:\.ci|docs)/[\w.]+)", text))
-    assert {".ci/run", ".ci/smoke", ".ci/nightly", ".ci/floors", "docs/build.py"} <= named
+    assert {".ci/run", ".ci/smoke", ".ci/nightly", ".ci/matrix", "docs/build.py"} <= named
     assert all((ROOT / name).is_file() for name in named)
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,10 @@ LEAST = 90.0
 CHEAP = 0.05  # seconds
 ACTIVE = "MUTANT_UNDER_TEST"  # mutmut's functions read it at every call
 QUICK = ("-q", "-p", "no:cacheprovider", "--tb=native", "--assert=plain")
+FAULT = 3
+ENDED = {0: "survived", 1: "killed", -signal.SIGSEGV: "killed", -signal.SIGABRT: "killed"}
+ENDED |= dict.fromkeys((-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM), "timeout")
+"""How the process of a mutant may end. The kernel kills at the hard limit."""
 PROPERTY = re.compile(r"^( +)@property\n +def (\w+)\(self\)( -> .+):\n", re.MULTILINE)
 
 
@@ -142,7 +147,12 @@ class Mutation:
     def _try(self, mutant, tests):
         os.environ[ACTIVE] = mutant
         seconds = int(10 * sum(self.measured[name]["seconds"] for name in tests)) + 10
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (seconds if most == resource.RLIM_INFINITY else min(seconds, most),) * 2
+        )
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20 * seconds)  # one that waits takes no time of the processor
         return 1 if any(self._fails(self.items[name]) for name in tests) else 0
 
     def _fails(self, item):
@@ -156,7 +166,10 @@ class Mutation:
 
     def _collect(self, running):
         pid, code = os.wait()
-        self._note(running.pop(pid), {0: "survived", 256: "killed"}.get(code, "timeout"))
+        mutant, ended = running.pop(pid), os.waitstatus_to_exitcode(code)
+        if ended not in ENDED:
+            raise RuntimeError(f"the process of {mutant} ended with {ended}, which says nothing of its tests.")
+        self._note(mutant, ENDED[ended])
 
     def _note(self, mutant, result):
         self.results[mutant] = result
@@ -177,12 +190,16 @@ def _fork(work):
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
         os._exit(work())
-    except BaseException:
+    except (KeyboardInterrupt, SystemExit):  # which a test lets through
         os._exit(1)
+    except BaseException:
+        os._exit(FAULT)
 
 
 def _wait(pid):
-    os.waitpid(pid, 0)
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if ended:
+        raise RuntimeError(f"the tests could not be measured: their process ended with {ended}.")
 
 
 def again(mutant):
@@ -212,30 +229,36 @@ def main():
     parser.add_argument("modules", nargs="*", default=MODULES, metavar="MODULE")
     parser.add_argument("--every", type=int, default=1, help="try every N-th mutant only")
     parser.add_argument("--cases", type=int, default=sys.maxsize, help="run N cases only of tests that are not cheap")
-    parser.add_argument("--again", type=Path, help="try only what survived in this earlier report")
+    parser.add_argument(
+        "--again", type=Path, help="try only what was not found in this earlier report; the rest is taken from it"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
     parser.add_argument("--match", default="", help="try the mutants of functions whose name contains this")
     parser.add_argument("--report", type=Path, help="write the result of every mutant as JSON")
     options = parser.parse_args()
     report = options.report and options.report.resolve()
-    left = options.again and {n for n, r in json.loads(options.again.read_text("utf-8")).items() if r == "survived"}
+    earlier = json.loads(options.again.read_text("utf-8")) if options.again else {}
+    known = {name: result for name, result in earlier.items() if result in ("killed", "timeout")}
     import pytest
 
     with tempfile.TemporaryDirectory() as folder:
         names = tree(Path(folder), options.modules)
         names = {module: [n for n in found if options.match in n][:: options.every] for module, found in names.items()}
-        if left is not None:
-            names = {module: [n for n in found if n in left] for module, found in names.items()}
+        if earlier:
+            names = {module: [n for n in found if n in earlier] for module, found in names.items()}
         sys.path.insert(0, folder)
         os.environ["PYTHONPATH"] = folder
-        run = Mutation(names, options.jobs, options.cases)
+        run = Mutation(
+            {m: [n for n in found if n not in known] for m, found in names.items()}, options.jobs, options.cases
+        )
         files = [file for module in names for file in files_of(module)]
-        if pytest.main([*QUICK, "-s", *files], plugins=[run]) or not run.results:
+        if pytest.main([*QUICK, "-s", *files], plugins=[run]) or not (run.results or known):
             return 1
         for mutant, result in run.results.items():
             if result in ("survived", "no test") and function_of(mutant) in run.at_collection:
                 run.results[mutant] = again(mutant)
                 print(f"in a new process: {mutant} {run.results[mutant]}", flush=True)
+        run.results |= {name: result for found in names.values() for name in found if (result := known.get(name))}
         if report:
             report.write_text(json.dumps(run.results, indent=1), encoding="utf-8")
     weak = False
