@@ -279,6 +279,15 @@ def test_bad_input_to_the_command_is_said_and_ends_it(small, monkeypatch, capsys
         assert said in capsys.readouterr().err
 
 
+def test_one_way_to_sample_can_be_chosen(monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "make_rows", lambda table, base, name, how, *given: made.append((name, how)))
+    command = ["run.py", "table", "1", "--seed", "0", "--only", "base", "--only", "recommended", "--ways", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    run.main()
+    assert made == [("base", Sampling()), ("recommended", Sampling())]
+
+
 # --- rows and tables --------------------------------------------------------------------------------------------------------
 
 

@@ -263,6 +263,7 @@ def main() -> None:
         "--seed", type=int, action="append", help=f"may be repeated; default: {SEEDS}, of the search {SEARCH_SEEDS}"
     )
     parser.add_argument("--only", action="append", help="only this recipe; may be repeated")
+    parser.add_argument("--ways", type=int, help="only so many of the table's ways to sample; default: all")
     parser.add_argument("--n", type=int, help="samples; default: as the plan and the base say")
     parser.add_argument("--every", type=int, default=1000, help="of a base: steps between two measurements")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this time, to be gone on with later")
@@ -284,7 +285,7 @@ def main() -> None:
             else:
                 for seed in options.seed or (SEARCH_SEEDS if options.name == "search" else SEEDS):
                     for base, name, ways in TABLES[options.name]:
-                        for how in ways if not options.only or name in options.only else ():
+                        for how in ways[: options.ways] if not options.only or name in options.only else ():
                             n = options.n or min(how.n or BASES[base].n, BASES[base].n)
                             make_rows(options.name, BASES[base], name, how, seed, n, options.device, stop)
                             stop.check()
