@@ -171,10 +171,10 @@ class Alias:
     def _check(self) -> None:
         """Refuse shared weights that are trained now or no longer whole, and take those that were replaced."""
         stale = [at for at in self._shared if at[0].get(at[1]) is not at[2] or at[2].requires_grad]
-        partitioned = bool(self._shared) and hasattr(self._shared[0][2], "ds_id")
-        for theirs, name, shared, pair in stale or self._shared[:partitioned]:
+        # FSDP puts other tensors there; ZeRO-3 changes each of those that are there
+        for theirs, name, shared, pair in stale or self._shared[:1]:
             path, now = f"{pair.path}.{name}".lstrip("."), theirs.get(name)
-            if now is None or partitioned or type(now).__name__ == "DTensor" or now.shape != shared.shape:
+            if now is None or taps.partitioned(now) or now.shape != shared.shape:
                 raise ValueError(
                     f"{path!r} of `model` was partitioned or replaced after `wrap`, and `teacher='lora'` shares it. Use `teacher='copy'` "
                     "where FSDP or DeepSpeed partitions the base."

@@ -5,10 +5,13 @@ raises) may come between any two steps of Python: inside of `torch.no_grad`'s `_
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 class NoFastPath(AbstractContextManager["NoFastPath"]):
@@ -64,7 +67,7 @@ class Before:
         self.modes = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         with NoFastPath.lock:
             self.fast_path, self.slow = NoFastPath.outside(), len(NoFastPath.of_thread())
-        self.random = _random(device)
+        self.random = Kept(None, device)
 
     def restore(self) -> None:
         """Put everything back that is not as it was."""
@@ -84,8 +87,7 @@ class Before:
             for one in NoFastPath.of_thread()[self.slow :]:
                 del NoFastPath.inside[one]
             torch.backends.mha.set_fastpath_enabled(self.fast_path and not NoFastPath.inside)
-        for set_state, state in self.random:
-            set_state(state)
+        self.random.restore()
 
 
 def _nesting() -> int:
@@ -95,9 +97,32 @@ def _nesting() -> int:
         torch.autocast_decrement_nesting()
 
 
-def _random(device: torch.device) -> list[tuple[Any, torch.Tensor]]:
-    """What sets torch's generators on the CPU and on a device, and their states."""
-    states: list[tuple[Any, torch.Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
-    if device.type == "cuda" and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
-        states.append((lambda state: torch.cuda.set_rng_state(state, device), torch.cuda.get_rng_state(device)))
-    return states
+class Kept:
+    """The buffers of a module and the states of torch's generators as they are now, to be put back by `restore`.
+
+    Args:
+        module: whose buffers; what is no module has none.
+        device: where its passes run, for the generator there.
+    """
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        parts = module.modules() if isinstance(module, nn.Module) else ()
+        tables = [part._buffers for part in parts]
+        self.buffers = [(of, name, x, x.detach().clone()) for of in tables for name, x in of.items() if x is not None]
+        self.random: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+        if device.type == "cuda" and (not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing()):
+            return
+        if device.type not in ("cpu", "meta"):
+            generators, which = torch.get_device_module(device), {} if device.type == "mps" else {"device": device}
+            self.random.append((partial(generators.set_rng_state, **which), generators.get_rng_state(**which)))
+
+    def restore(self) -> None:
+        """Put them back, also where a pass has set another tensor in a buffer's place."""
+        for table, name, buffer, before in self.buffers:
+            now = table.get(name)
+            if now is not None and (now.shape, now.dtype) != (before.shape, before.dtype):
+                continue  # a cache that has grown: what says how far it reaches is no buffer, and stays
+            buffer.data.copy_(before)  # unseen by graphs of other passes, for which nothing changes
+            table[name] = buffer
+        for set_state, state in self.random:
+            set_state(state)

@@ -226,8 +226,7 @@ def _check_forward(name: str, module: nn.Module) -> None:
 
 def _check_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        partitioned = any(hasattr(parameter, mark) for mark in ("ds_id", "_is_flat_param", "_fsdp_flattened"))
-        if partitioned or type(parameter).__name__ == "DTensor":
+        if taps.partitioned(parameter):
             raise ValueError(
                 f"`model` is partitioned ({name!r} is not whole on this process). Call `wrap` before FSDP or DeepSpeed partitions it."
             )

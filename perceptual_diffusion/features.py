@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion._shapes import OWN_SEED, batch_size, map_leaves
+from perceptual_diffusion._shapes import OWN_SEED, _like, batch_size, map_leaves
 from perceptual_diffusion.types import FeatureSelect, Sample
 
 Features = Literal["noisy", "all"]
@@ -216,8 +216,7 @@ def _only(index: int, changed: Any, sample: Any) -> Any:
         return [*sample[:index], changed[index], *sample[index + 1 :]]
     if isinstance(sample, dict):
         return {key: _only(index, changed[key], sample[key]) for key in sample}
-    items = [_only(index, c, s) for c, s in zip(changed, sample, strict=True)]
-    return type(sample)(*items) if hasattr(sample, "_fields") else type(sample)(items)
+    return _like(sample, [_only(index, c, s) for c, s in zip(changed, sample, strict=True)])
 
 
 def _part(

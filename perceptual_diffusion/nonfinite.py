@@ -4,6 +4,7 @@ A NaN of one sample stays its own in the losses (B,), but not in the gradient: 0
 gradient of every weight. So to leave a sample out is to make the step again of the others, with their own t, noise and t'.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from perceptual_diffusion._shapes import leaves, map_leaves, take_cond, tensors_in
-from perceptual_diffusion._subset import Batch, is_sharded
+from perceptual_diffusion._subset import Batch, gradients, is_sharded
 from perceptual_diffusion.types import Cond, Feature, Sample, Teacher
 
 __all__ = ["NonFiniteError", "NonFiniteWarning"]
@@ -67,24 +68,10 @@ class Step:
         fine = self.losses.detach().isfinite()
         wanted = [leaf for leaf in leaves(self.predicted) if leaf.requires_grad]
         if self.losses.requires_grad and wanted:
-            given = iter(_gradients(self.losses, wanted))
+            given = iter(gradients(self.losses, wanted, keep=True))
             of_each = map_leaves(lambda x: next(given) if x.requires_grad else torch.zeros_like(x), self.predicted)
             fine = fine & finite(of_each)
         return [] if bool(fine.all()) else [i for i, good in enumerate(fine.tolist()) if not good]
-
-
-def _gradients(losses: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    """What the loss has taken through the teacher already; under plain autograd this runs the teacher's backward."""
-    with torch.autocast(losses.device.type, enabled=False):
-        try:
-            return torch.autograd.grad(losses.sum(), wanted, retain_graph=True, materialize_grads=True)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise ValueError(
-                "`nonfinite` looks at each sample's gradient, which a teacher that checkpoints with `use_reentrant=True` does not "
-                "give. Use `use_reentrant=False`, or wrap with `nonfinite='propagate'`."
-            ) from error
 
 
 def finite(sample: Sample) -> Tensor:
@@ -96,6 +83,48 @@ def finite(sample: Sample) -> Tensor:
         return torch.stack([cast(Tensor, part).detach().isfinite().all() for part in sample])
     parts = [finite(part) for part in (sample.values() if isinstance(sample, dict) else sample)]
     return torch.stack(parts).all(0)
+
+
+def judge(
+    policy: NonFinite, step: Step, batch: Batch, x_t: Sample, bad: list[int], teacher: Teacher, *, again: bool
+) -> dict[int, str]:
+    """Say which samples are left out, by their places in the batch, and where what is not finite begins.
+
+    Args:
+        policy: "raise" or "skip".
+        step: what came of the batch.
+        batch: the batch.
+        x_t: what the student saw of it.
+        bad: the places of the samples that are not finite.
+        teacher: the teacher.
+        again: whether the student's pass can be made again.
+
+    Raises:
+        NonFiniteError: the policy says so, or the student's pass would have to be made again.
+    """
+    where = trace(step, batch, x_t, bad, teacher)
+    given = {i: began for i, began in where.items() if began in INPUTS}
+    if policy == "skip" and (again or not (given or PREDICTION in where.values())):
+        return given or where  # where samples depend on each other, the rest may be bad by those
+    named = {batch.rows[i]: began for i, began in where.items()}
+    told = in_words(where, batch)
+    if policy == "raise":
+        raise NonFiniteError(
+            f"the loss or its gradient is not finite: {told}. Mend what it begins in, or wrap "
+            "with `nonfinite='skip'`, which leaves such samples out.",
+            named,
+        )
+    raise NonFiniteError(
+        f"the loss is not finite: {told}. The student's pass has to be made again without, "
+        "which `objective(model, clean)` does and `objective.loss` cannot: leave them out of the batch.",
+        named,
+    )
+
+
+def warn(left_out: Mapping[int, str], batch: Batch) -> None:
+    """Warn that samples of the whole batch are left out."""
+    told = in_words(left_out, batch)
+    warnings.warn(f"samples whose loss or gradient is not finite are left out: {told}.", NonFiniteWarning, stacklevel=4)
 
 
 def trace(step: Step, batch: Batch, x_t: Sample, bad: list[int], teacher: Teacher) -> dict[int, str]:
@@ -145,14 +174,14 @@ def _has_nan(cond: Cond) -> bool:
     return any(bool(x.isnan().any()) for x in tensors_in(cond) if x.is_floating_point())  # masks hold infinities
 
 
-def in_words(where: Mapping[int, str], t: Tensor, t_prime: Tensor) -> str:
-    """Say which samples of a batch are bad, at which of its times, shape (B,) each, and where that begins."""
+def in_words(where: Mapping[int, str], batch: Batch) -> str:
+    """Say which samples of a batch are bad, at which of its times, and where that begins."""
     shown = [
-        f"sample {i} (t = {float(t[i]):g}, t' = {float(t_prime[i]):g}), where it begins in {began}"
+        f"sample {batch.rows[i]} (t = {float(batch.t[i]):g}, t' = {float(batch.t_prime[i]):g}), where it begins in {began}"
         for i, began in sorted(where.items())[:SHOWN]
     ]
     more = [f"{len(where) - SHOWN} more"] if len(where) > SHOWN else []
-    return f"{len(where)} of {len(t)} samples: {'; '.join(shown + more)}"
+    return f"{len(where)} of {len(batch.rows)} samples: {'; '.join(shown + more)}"
 
 
 def check_policy(policy: Any) -> NonFinite:

@@ -8,7 +8,6 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 
 import os
 import random
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
@@ -24,20 +23,19 @@ from perceptual_diffusion._shapes import (
     map_leaves,
     mean_square,
 )
-from perceptual_diffusion._subset import Batch, Student, check_alone, nothing, pick, runs
+from perceptual_diffusion._subset import (
+    Batch,
+    Student,
+    check_alone,
+    features_of,
+    nothing,
+    pick,
+    runs,
+    standard_normal,
+)
 from perceptual_diffusion.checks import Report, check
 from perceptual_diffusion.features import Features
-from perceptual_diffusion.nonfinite import (
-    INPUTS,
-    PREDICTION,
-    NonFinite,
-    NonFiniteError,
-    NonFiniteWarning,
-    Step,
-    check_policy,
-    in_words,
-    trace,
-)
+from perceptual_diffusion.nonfinite import NonFinite, Step, check_policy, judge, warn
 from perceptual_diffusion.parameterizations import Prediction, System
 from perceptual_diffusion.renoising import (
     FORMULATIONS,
@@ -316,30 +314,28 @@ class SelfPerceptualObjective:
         """
         _check_reduction(reduction)
         check_sample("clean", clean)
-        like = first(clean)
+        like, cond = first(clean), _check_cond(cond)
         generator = self._source(like, generator)
         self._check_times(({} if t is None else {"t": t}) | {"t_prime": t_prime}, like)
         if t is None:
             t = self._draw("t", self.t, like, None, generator)
         if noise is None:
-            noise = map_leaves(
-                lambda x: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator), clean
-            )
+            noise = standard_normal(clean, generator)
         else:
             check_sample("noise", noise, clean)
-        cond = _check_cond(cond)
-        student = None
-        if self.nonfinite == "skip":
-            check_alone("student", model)
-            student = Student(model, like.device)
 
-        def predict(part: Batch | None) -> Sample:
-            if part is None or student is None:
-                return self.output(self.call(model, mix_samples(clean, noise, self.schedule(t)), t, cond), clean)
-            x_t = mix_samples(part.clean, part.noise, self.schedule(part.t))
-            return self.output(self.call(student.rewound(), x_t, part.t, part.cond), part.clean)
+        def run(model: Any, x_t: Sample, t: Tensor, cond: Cond) -> Sample:
+            return self.output(self.call(model, x_t, t, cond), x_t)
 
-        return self._loss(predict, clean, noise, t, cond, t_prime, None, reduction, generator, student)
+        student = Student(model, run, like.device) if self.nonfinite == "skip" else None
+
+        batch = self._batch(clean, noise, t, cond, t_prime, None, generator)
+
+        def predict(part: Batch) -> Sample:
+            given = self._seen(part), part.t, part.cond
+            return run(model, *given) if student is None or part is batch else student.again(*given)
+
+        return self._loss(predict, batch, reduction, student)
 
     def loss(
         self,
@@ -382,11 +378,11 @@ class SelfPerceptualObjective:
             check_sample("x_t", x_t, clean)
         generator, cond = self._source(first(clean), generator), _check_cond(cond)
 
-        def predict(part: Batch | None) -> Sample:
-            whole = self.output(model_pred, clean)
-            return whole if part is None else pick(whole, runs(part.rows))
-
-        return self._loss(predict, clean, noise, t, cond, t_prime, x_t, reduction, generator, None)
+        predicted = self.output(model_pred, clean)
+        batch = self._batch(clean, noise, t, cond, t_prime, x_t, generator)
+        return self._loss(
+            lambda part: predicted if part is batch else pick(predicted, runs(part.rows)), batch, reduction, None
+        )
 
     def add_noise(self, clean: Sample, noise: Sample, t: Tensor) -> Sample:
         """Give x_t = alpha_t clean + sigma_t noise (eq. 2), shape (B, *), for times t of shape (B,)."""
@@ -450,65 +446,69 @@ class SelfPerceptualObjective:
             ) from error
         self._generator = generator
 
-    def _loss(
+    def _batch(
         self,
-        predict: Callable[[Batch | None], Sample],
         clean: Sample,
         noise: Sample,
         t: Tensor,
         cond: Cond,
         t_prime: Tensor | None,
         x_t: Sample | None,
-        reduction: Reduction,
         generator: torch.Generator,
-        student: Student | None,
-    ) -> Tensor:
-        like = first(clean)
-        if self.nonfinite == "skip":
-            check_alone("teacher", getattr(self.teacher, "module", None))
-        predicted = predict(None)
-        importance = None
+    ) -> Batch:
+        like, importance = first(clean), None
         if t_prime is None:
             t_prime = self._draw("t_prime", self.t_prime, like, t, generator)
             if isinstance(self.t_prime, timesteps.Contributing):
                 importance = self.t_prime.weight(self.schedule, t, t_prime)
-        batch = Batch(
+        return Batch(
             rows=list(range(len(like))),
             clean=clean,
             noise=noise,
             t=t,
-            cond=cond,
             t_prime=t_prime,
+            cond=cond,
             x_t=x_t,
             importance=importance,
         )
-        step: Step | None = self._step(predicted, batch)
-        del predicted
-        self.left_out = {}
+
+    def _seen(self, batch: Batch) -> Sample:
+        """What the student is given."""
+        return mix_samples(batch.clean, batch.noise, self.schedule(batch.t)) if batch.x_t is None else batch.x_t
+
+    def _loss(
+        self, predict: Callable[[Batch], Sample], whole: Batch, reduction: Reduction, student: Student | None
+    ) -> Tensor:
+        """Give the loss; `predict` gives the student's prediction of the batch, or of some of its samples."""
+        looks = [features_of(self.teacher)] if student is None else [features_of(self.teacher), student.look]
+        if self.nonfinite == "skip":
+            check_alone("teacher", getattr(self.teacher, "module", None))
+        batch, left_out = whole, dict[int, str]()
+        step: Step | None = self._step(predict(batch), batch)
         while self.nonfinite != "propagate" and step is not None and (bad := step.bad()):
-            batch = self._without(bad, step, batch, student)
+            where = judge(self.nonfinite, step, batch, self._seen(batch), bad, self.teacher, again=student is not None)
+            left_out |= {batch.rows[i]: began for i, began in where.items()}
             step = None  # frees the graph of the step that was in vain
+            batch = batch.without(where, looks)
             if batch.rows:
                 step = self._step(predict(batch), batch)
         if step is None:
-            loss = nothing(leaves(predict(None)) if student is None else student.weights(), like.device)
-        if self.left_out:
-            told = in_words(self.left_out, t, t_prime)
-            warnings.warn(
-                f"samples whose loss or gradient is not finite are left out: {told}.", NonFiniteWarning, stacklevel=3
-            )
-        if step is None:
-            empty = loss.detach().new_zeros(0)
-            self.terms, self.times = {"sp": empty, "mse": empty}, {"t": t[:0], "t_prime": t_prime[:0]}
-            return loss.expand(len(like)) if reduction == "none" else loss
-        self.terms = {"sp": step.perceptual.detach(), "mse": step.mse.detach()}
+            given = leaves(predict(whole)) if student is None else student.weights()
+            losses = nothing(given, whole.t.device).expand(0)
+            self.terms = {"sp": losses.detach(), "mse": losses.detach()}
+        else:
+            losses = step.losses
+            self.terms = {"sp": step.perceptual.detach(), "mse": step.mse.detach()}
         self.times = {"t": batch.t.detach(), "t_prime": batch.t_prime.detach()}
-        loss = step.losses
+        self.left_out = left_out
+        if left_out:
+            warn(left_out, whole)
         if reduction == "mean":
-            return loss.sum() / max(1, len(loss))
-        if not self.left_out:
-            return loss
-        return loss.new_zeros(len(like)).index_put((torch.tensor(batch.rows, device=loss.device),), loss)
+            return losses.sum() / max(1, len(losses))
+        if not left_out:
+            return losses
+        rows = torch.tensor(batch.rows, dtype=torch.long, device=losses.device)
+        return losses.new_zeros(len(whole.rows)).index_put((rows,), losses)
 
     def _step(self, predicted: Sample, batch: Batch) -> Step:
         check_sample("model_pred", predicted, batch.clean)
@@ -538,29 +538,6 @@ class SelfPerceptualObjective:
         if self.weight is not None:
             losses = losses * self._weigh(self.weight, batch.t).to(losses.dtype)
         return Step(predicted=predicted, x_tt=x_tt, samples=samples, perceptual=perceptual, mse=mse, losses=losses)
-
-    def _without(self, bad: list[int], step: Step, batch: Batch, student: Student | None) -> Batch:
-        """Give the batch without its bad samples; or raise."""
-        seen = mix_samples(batch.clean, batch.noise, self.schedule(batch.t)) if batch.x_t is None else batch.x_t
-        where = trace(step, batch, seen, bad, self.teacher)
-        given = {i: began for i, began in where.items() if began in INPUTS}
-        named = {batch.rows[i]: began for i, began in where.items()}
-        if self.nonfinite == "raise":
-            raise NonFiniteError(
-                f"the loss or its gradient is not finite: {in_words(named, batch.t, batch.t_prime)}. Mend what it begins in, or wrap "
-                "with `nonfinite='skip'`, which leaves such samples out.",
-                named,
-            )
-        if student is None and (given or PREDICTION in where.values()):
-            raise NonFiniteError(
-                f"the loss is not finite: {in_words(named, batch.t, batch.t_prime)}. The student's pass has to be made again without, "
-                "which `objective(model, clean)` does and `objective.loss` cannot: leave them out of the batch.",
-                named,
-            )
-        # where samples depend on each other, the rest may be bad by those
-        left_out = set(given or where)
-        self.left_out |= {batch.rows[i]: where[i] for i in left_out}
-        return batch.without(left_out, self.teacher, step.x_tt)
 
     def _weigh(self, weight: TimeFunction, t: Tensor) -> Tensor:
         value = weight(t)

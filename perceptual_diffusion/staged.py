@@ -10,6 +10,7 @@ it neither under- nor overflows in float16.
 
 import logging
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast
@@ -20,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from perceptual_diffusion import taps
+from perceptual_diffusion._memory import SavedBytes
 from perceptual_diffusion._restore import Before
 from perceptual_diffusion._shapes import (
     WAYS,
@@ -100,36 +102,21 @@ class MicroBatches:
         """
         batch = batch_size(x)
         size = self._fitting(teacher, x, t, cond) if self.size == "auto" else self.size
-        if size >= batch:
-            return [(slice(0, batch), cond)]
-        size = -(-batch // -(-batch // size))  # as even as can be
-        slices = [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
-        key = repr(_pattern(cond, batch))
-        if key not in self._ways:
-            self._ways[key] = self._way(teacher, x, t, cond, slices)
-        way = self._ways[key]
+        parts = self.known(batch, size, cond)
+        if parts is None:
+            self._ways[repr(_pattern(cond, batch))] = self._way(teacher, x, t, cond, _slices(batch, size))
+            parts = self.known(batch, size, cond)
+        return parts or []
+
+    def known(self, batch: int, size: int, cond: Cond) -> list[tuple[slice, Cond]] | None:
+        """Give the parts of at most `size` samples, each with its conditions; None before `parts` has found how to split those."""
+        key = repr(_pattern(cond, batch)) if size < batch else ""
+        if key and key not in self._ways:
+            return None
+        way = self._ways.get(key)
         if way is None:
             return [(slice(0, batch), cond)]
-        return [(part, take_cond(cond, batch, part, way)) for part in slices]
-
-    def check_equal(self, teacher: Teacher, x: Sample) -> None:
-        """Refuse a number of samples where processes have batches (B, *) of different sizes, and gather weights in each pass.
-
-        Raises:
-            ValueError: on every process.
-        """
-        group = torch.distributed
-        if self.size == "auto" or _may_split(teacher) or not (group.is_available() and group.is_initialized()):
-            return
-        batch = batch_size(x)
-        sizes = torch.tensor([batch, -batch], device=first(x).device)
-        group.all_reduce(sizes, group.ReduceOp.MAX)
-        most, least = int(sizes[0]), -int(sizes[1])
-        if most != least:
-            raise ValueError(
-                f"`micro_batch` is {self.size}, but the processes have from {least} to {most} samples, and the teacher's weights are "
-                "gathered from all of them in every pass. Pass `micro_batch='auto'`, or give all the same number (`drop_last=True`)."
-            )
+        return [(part, take_cond(cond, batch, part, way)) for part in _slices(batch, size)]
 
     def _fitting(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
         """How many samples' activations take up their share of the device's memory."""
@@ -142,13 +129,13 @@ class MicroBatches:
 
     def _saved_by_one(self, teacher: Teacher, x: Sample, t: Tensor, cond: Cond) -> int:
         """Bytes that the teacher keeps for the backward of the first sample; 0 where that cannot be run."""
-        batch, one, why = batch_size(x), slice(0, 1), ""
+        batch, one, why, module = batch_size(x), slice(0, 1), "", getattr(teacher, "module", None)
         for way in WAYS:
             try:
-                saved = _Counting(teacher)
+                saved = SavedBytes([module] if isinstance(module, nn.Module) else [])
                 with saved.hooks, torch.random.fork_rng(devices=_cuda(x)), torch.enable_grad():
                     features = teacher(_held(take(x, one)), t[one], take_cond(cond, batch, one, way))
-                    return saved.total if features else 0
+                    return saved.now if features else 0
             except torch.OutOfMemoryError:
                 raise
             except FAILURES as error:
@@ -163,6 +150,8 @@ class MicroBatches:
             whole = teacher(x, t, cond)
             for way in WAYS:
                 differs = _apart(whole, teacher, x, t, cond, slices, way)
+                if _gathers(teacher) and taps.largest([bool(differs)], first(x).device)[0]:
+                    differs = differs or "its features change on another process"
                 if not differs:
                     return way
                 why = why or differs
@@ -211,10 +200,53 @@ def _pattern(cond: Any, batch: int) -> Any:
     return type(cond).__name__
 
 
+def _slices(batch: int, size: int) -> list[slice]:
+    """Parts of a batch of at most so many samples, as even as can be."""
+    size = -(-batch // -(-batch // size))
+    return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+
 def _may_split(teacher: Any) -> bool:
     """Whether passes are the teacher's own affair, and not gathered over processes or loaded from elsewhere."""
     module = getattr(teacher, "module", None)
     return not isinstance(module, nn.Module) or taps.may_stop(module, getattr(teacher, "layers", ()))
+
+
+def _gathers(teacher: Any) -> bool:
+    """Whether the teacher's weights are gathered from several processes, which then have to make the same passes."""
+    module = getattr(teacher, "module", None)
+    return taps.several_processes() and isinstance(module, nn.Module) and taps.gathered(module)
+
+
+def _all_know(teacher: Any, x: Sample, cond: Cond, micro_batches: MicroBatches | None) -> bool:
+    """Whether processes that gather weights know how to split and to read what they are given: the one wait of such a step.
+
+    Raises:
+        ValueError: on all of them, where a number of samples would make them split in different ways.
+    """
+    if not _gathers(teacher):
+        return False
+    batch, size = batch_size(x), None
+    parts: list[tuple[slice, Cond]] | None = [(slice(0, batch), cond)]
+    if micro_batches is not None and micro_batches.size != "auto":
+        size = micro_batches.size
+        parts = micro_batches.known(batch, size, cond)
+    knows = getattr(teacher, "knows", None)  # none of a teacher of one's own
+    lacks = parts is None or (knows is not None and not all(knows(take(x, part), told) for part, told in parts))
+    where = zlib.crc32(repr(_pattern(cond, batch)).encode()) if size and size < batch else 0
+    any_lacks, most, least, one, other = taps.largest([lacks, batch, -batch, where, -where], first(x).device)
+    if size and most != -least:
+        raise ValueError(
+            f"`micro_batch` is {size}, but the processes have from {-least} to {most} samples, and the teacher's weights are "
+            "gathered from all of them in every pass. Pass `micro_batch='auto'`, or give all the same number (`drop_last=True`)."
+        )
+    if size and one != -other:
+        raise ValueError(
+            f"`micro_batch` is {size}, but the processes have conditions of other shapes, in which the {batch} samples may lie "
+            "elsewhere, and the teacher's weights are gathered from all of them in every pass. Pass `micro_batch='auto'`, or pad the "
+            "conditions to one length."
+        )
+    return knows is not None and not any_lacks
 
 
 def perceptual(
@@ -245,34 +277,26 @@ def perceptual(
         TypeError: the teacher gives no features.
         ValueError: they are wrong, or the gradient is lost.
     """
-    before = Before(first(x_tt).device)
+    before, all_know = Before(first(x_tt).device), False
+    batch = batch_size(x_tt)
+    grad = torch.is_grad_enabled() and any(leaf.requires_grad for sample in samples for leaf in leaves(sample))
+    micro_batches = micro_batches if grad else None
     try:
-        return _perceptual(teacher, samples, x_tt, t, cond, distance, micro_batches)
+        if all_know := _all_know(teacher, x_tt, cond, micro_batches):
+            cast(Any, teacher).all_know = True
+        if micro_batches is not None and batch and not micro_batches.plain:
+            try:
+                return _staged(teacher, samples, x_tt, t, cond, distance, micro_batches)
+            except _Plain as error:
+                micro_batches.give_up(str(error))
+        features, of_true = _passes(teacher, samples, x_tt, t, cond, grad=grad)
+        return torch.stack([compare(f, of_true, batch, distance) for f in features]).sum(0)
     except BaseException:
         before.restore()
         raise
-
-
-def _perceptual(
-    teacher: Teacher,
-    samples: list[Sample],
-    x_tt: Sample,
-    t: Tensor,
-    cond: Cond,
-    distance: Distance,
-    micro_batches: MicroBatches | None,
-) -> Tensor:
-    batch = batch_size(x_tt)
-    grad = torch.is_grad_enabled() and any(leaf.requires_grad for sample in samples for leaf in leaves(sample))
-    if micro_batches is not None and grad:
-        micro_batches.check_equal(teacher, x_tt)
-    if micro_batches is not None and grad and batch and not micro_batches.plain:
-        try:
-            return _staged(teacher, samples, x_tt, t, cond, distance, micro_batches)
-        except _Plain as error:
-            micro_batches.give_up(str(error))
-    features, of_true = _passes(teacher, samples, x_tt, t, cond, grad=grad)
-    return torch.stack([compare(f, of_true, batch, distance) for f in features]).sum(0)
+    finally:
+        if all_know:
+            cast(Any, teacher).all_know = False
 
 
 def _staged(
@@ -467,49 +491,6 @@ class _Uncached(AbstractContextManager["_Uncached"]):
 
     def __exit__(self, *args: Any) -> None:
         torch.set_autocast_cache_enabled(self.before)
-
-
-class _Counting:
-    """Counts the bytes that graphs made inside of its `hooks` keep and have not let go, without the teacher's weights."""
-
-    def __init__(self, teacher: Any) -> None:
-        module = getattr(teacher, "module", None)
-        weights = (*module.parameters(), *module.buffers()) if isinstance(module, nn.Module) else ()
-        self.weights = {_storage(weight) for weight in weights}
-        self.held: dict[int, list[int]] = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
-
-    def _pack(self, tensor: Tensor) -> "_Kept":
-        return _Kept(tensor, {} if _storage(tensor) in self.weights else self.held)
-
-    @property
-    def total(self) -> int:
-        return sum(size for size, _ in self.held.values())
-
-
-class _Kept:
-    """A tensor that a graph keeps, counted as long as it does."""
-
-    def __init__(self, tensor: Tensor, held: dict[int, list[int]]) -> None:
-        self.tensor = tensor.detach()  # an output that kept its graph would keep itself
-        self.held: dict[int, list[int]] | None = None
-        self.key = _storage(tensor)
-        held.setdefault(self.key, [tensor.untyped_storage().nbytes(), 0])[1] += 1
-        self.held = held
-
-    def __del__(self) -> None:
-        held = vars(self).get("held")  # none where an interrupt came while it was made
-        if held is not None:
-            held[self.key][1] -= 1
-            if not held[self.key][1]:
-                del held[self.key]
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # a subclass without a storage of its own
-        return id(tensor)
 
 
 def _rows(feature: Feature) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Run a model up to named layers, return their outputs, and leave nothing behind."""
 
+import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -14,6 +15,11 @@ from perceptual_diffusion.types import FeatureSelect
 
 _T = TypeVar("_T")
 
+_GATHERING = frozenset(("FSDPModule", "FullyShardedDataParallel", "DeepSpeedEngine"))
+"""Classes of modules that gather weights in a pass."""
+_MARKS = frozenset(("ds_id", "_is_flat_param", "_fsdp_flattened"))
+"""Attributes by which ZeRO-3 and FSDP1 mark parameters."""
+
 
 class _Stop(BaseException):
     """Leaves a forward pass once every layer has been seen. Not an Exception, so that models do not catch it."""
@@ -22,7 +28,7 @@ class _Stop(BaseException):
 
 
 _running: ContextVar[tuple[_Stop, ...]] = ContextVar("running", default=())
-"""The passes that run in this thread, one inside of the other: watched layers also run in passes of others."""
+"""The passes that run in this thread, one inside of the other: a watched layer also runs in those inside of its own."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -90,18 +96,37 @@ def path(model: nn.Module, name: str) -> list[nn.Module]:
 def may_stop(model: nn.Module, layers: Sequence[str]) -> bool:
     """Whether a pass may be left by an exception at the layers.
 
-    It may not where modules gather, load or cast their weights before they run and undo that afterwards: sharded by FSDP or
-    ZeRO-3, or with hooks of accelerate or diffusers. Some would stay gathered.
+    It may not where modules gather, load or cast their weights before they run and undo that afterwards: sharded, or with hooks
+    of accelerate or diffusers. Some would stay gathered.
     """
-    first = next(model.parameters(), None)
-    if first is not None and hasattr(first, "ds_id"):  # ZeRO-3 marks every parameter
-        return False
-    if _is_offloaded(model, layers):
-        return False
-    on_path = (module for name in layers for module in path(model, name))
-    return all(
-        _names(type(module).__mro__).isdisjoint(("FSDPModule", "FullyShardedDataParallel")) for module in on_path
+    return not _is_offloaded(model, layers) and not gathered(model)
+
+
+def gathered(model: nn.Module) -> bool:
+    """Whether any weights are gathered from other processes in a pass: by FSDP, ZeRO-3 or tensor parallelism."""
+    modules = list(model.modules())
+    return any(not _GATHERING.isdisjoint(_names(kind.__mro__)) for kind in {*map(type, modules)}) or any(
+        partitioned(parameter) for module in modules for parameter in module._parameters.values()
     )
+
+
+def partitioned(parameter: Tensor | None) -> bool:
+    """Whether this process holds only a part of a parameter."""
+    return parameter is not None and (type(parameter).__name__ == "DTensor" or not _MARKS.isdisjoint(vars(parameter)))
+
+
+def several_processes() -> bool:
+    """Whether torch.distributed joins this process with others."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
+
+
+def largest(values: Sequence[int], device: torch.device) -> list[int]:
+    """Give the largest of each number over all processes, which all have to ask; the host waits once."""
+    most = torch.tensor(values, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    found: list[int] = most.tolist()
+    return found
 
 
 def _is_offloaded(model: nn.Module, layers: Sequence[str]) -> bool:
@@ -177,14 +202,21 @@ def hooked(
 ) -> _T:
     """Give what `run` returns, run with forward hooks on modules, which are taken off again.
 
-    They are found by themselves and not by their handles, and taken off twice: an interrupt may come between any two steps,
-    also after a hook is on and before its handle is kept, or among the removals.
+    They see the passes of this thread alone: another's may meet them half registered. They are found by themselves and not by
+    their handles, and taken off twice: an interrupt may come between any two steps, also after a hook is on and before its
+    handle is kept, or among the removals.
 
     Args:
         run: what is run.
         hooks: modules, and for each a function of (module, args, kwargs, output), or without `output`.
         before: whether they run before their module.
     """
+    thread = threading.get_ident()
+
+    def own(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda module, args, *rest: hook(module, args, *rest) if threading.get_ident() == thread else None
+
+    hooks = [(module, own(hook)) for module, hook in hooks]
 
     def take_off() -> None:
         for module, hook in hooks:

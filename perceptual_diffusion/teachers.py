@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from perceptual_diffusion import taps
 from perceptual_diffusion._checkpoints import unfreeze
-from perceptual_diffusion._restore import NoFastPath
+from perceptual_diffusion._restore import Kept, NoFastPath
 from perceptual_diffusion._shapes import batch_size, first, leaves, map_tensors, tensors_in
 from perceptual_diffusion.compiled import CompiledPass, options_of
 from perceptual_diffusion.copies import Seen, alias_copy, cut, frozen_copy
@@ -28,6 +28,8 @@ LOOKS = 4
 """After so many masks that leave the noisy sample's tokens where they are, masks are looked at no more."""
 REMEMBERED = 64
 """Shapes of the inputs whose layout is remembered, and masks for each."""
+NO_MORE, ONE_MORE, FAILED = range(3)
+"""What a process tells the others that hold parts of the teacher's weights, before each pass that looks at a layout."""
 ON_HOST = ("cpu",)
 """Devices whose tensors are read without waiting, so in every pass: numpy writes into them unseen."""
 
@@ -87,6 +89,8 @@ class ModuleTeacher:
         self._parts: dict[Any, dict[Any, list[tuple[Part, ...]]]] = {}
         self._settled: dict[Any, list[tuple[Part, ...]]] = {}
         self._unfrozen = self._ran = self._cut = False
+        self.all_know = False
+        """Whether the processes have agreed that each knows the layouts of the passes that follow."""
         self._compiled: CompiledPass | None = None
         self._precision = Precision(self.module)
 
@@ -159,7 +163,7 @@ class ModuleTeacher:
         if self.select is not None:
             features = [[feature] for feature in fast(x_t, self.select)]
         else:
-            parts = self._located(look, x_t, told)
+            parts = self._located(look, x_t, told, free)
             given = zip(fast(x_t, capture), parts, strict=True)
             features = [[part.take(layer, batch_size(x_t)) for part in found] for layer, found in given]
         if grad:
@@ -176,11 +180,8 @@ class ModuleTeacher:
     ) -> list[Captured]:
         """What the layers gave, with what entered the first block of each one's list."""
         entered: dict[str, tuple[Tensor, ...]] = {}
-        thread = threading.get_ident()
 
         def enter(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != thread:  # a pass of another teacher of this module
-                return
             held = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             entered.setdefault(name, tuple(value.detach().clone() for value in held if value.is_floating_point()))
 
@@ -191,45 +192,57 @@ class ModuleTeacher:
             block = next(iter(blocks.values()), None)
             if block is not None:
                 hooks.append((block, partial(enter, name)))
-        buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        device = first(sample).device
+        before = Kept(self.module, first(sample).device)
         try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                layers = taps.hooked(lambda: run(sample, select), hooks, before=True)
+            layers = taps.hooked(lambda: run(sample, select), hooks, before=True)
         finally:
-            for buffer, before in buffers:
-                buffer.data.copy_(before)
+            before.restore()
         return [layer._replace(entered=entered.get(name, ())) for name, layer in zip(self.layers, layers, strict=True)]
 
     def _located(
-        self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond
+        self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond, free: bool
     ) -> list[tuple[Part, ...]]:
         """The noisy sample's part of each layer, found again when the layout of the inputs changes."""
-        shapes = _layout(x_t), _layout(cond)
-        known = self._known(shapes, cond)
-        if taps.may_stop(self.module, self.layers) or not _several_processes():
-            return known or self._locate(run, x_t, cond, shapes)
-        device = first(x_t).device
+        known = self._known(x_t, cond)
+        alone = free or not (taps.several_processes() and taps.gathered(self.module))
+        if alone or (known and self.all_know):
+            return known or self._locate(run, x_t, cond)
+        device, passing = first(x_t).device, False
 
         def run_together(sample: Sample, select: FeatureSelect) -> list[Captured]:
-            _any_process(True, device)
-            return run(sample, select)
+            nonlocal passing
+            passing = True
+            _agree(ONE_MORE, device)
+            captured = run(sample, select)
+            passing = False
+            return captured
 
-        found = known or self._locate(run_together, x_t, cond, shapes)
+        try:
+            found = known or self._locate(run_together, x_t, cond)
+        except Exception:
+            if not passing:  # in a pass the others wait for weights, and not for this
+                taps.largest([FAILED], device)
+            raise
         with torch.no_grad():
-            while _any_process(False, device):  # weights are gathered from all: who needs no pass has to run it, too
+            while _agree(NO_MORE, device):  # weights are gathered from all: who needs no pass has to run it, too
                 run(x_t, capture)
         return found
 
-    def _known(self, shapes: Any, cond: Cond) -> list[tuple[Part, ...]] | None:
+    def knows(self, x_t: Sample, cond: Cond) -> bool:
+        """Whether a pass on these needs no others before it, that find the noisy sample's part."""
+        return self.select is not None or self._known(x_t, cond) is not None
+
+    def _known(self, x_t: Sample, cond: Cond) -> list[tuple[Part, ...]] | None:
         """What was found for this layout before."""
+        shapes = _layout(x_t), _layout(cond)
         if shapes in self._settled:
             return self._settled[shapes]
         return self._parts.get(shapes, {}).get(_places(cond))
 
     def _locate(
-        self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond, shapes: Any
+        self, run: Callable[[Sample, FeatureSelect], list[Captured]], x_t: Sample, cond: Cond
     ) -> list[tuple[Part, ...]]:
+        shapes = _layout(x_t), _layout(cond)
         if shapes not in self._parts and len(self._parts) >= REMEMBERED:
             self._settled.pop(oldest := next(iter(self._parts)), None)
             self._parts.pop(oldest)
@@ -261,16 +274,15 @@ def _without_nan(x: Tensor) -> Tensor:
     return x.nan_to_num(0, torch.inf, -torch.inf) if x.is_floating_point() else x
 
 
-def _several_processes() -> bool:
-    group = torch.distributed
-    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
-
-
-def _any_process(wants: bool, device: torch.device) -> bool:
-    """Whether any process wants another pass."""
-    wanted = torch.tensor([int(wants)], device=device)
-    torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
-    return bool(wanted)
+def _agree(says: int, device: torch.device) -> int:
+    """Tell the other processes what this one needs, and give the most that any does; all ask before each pass."""
+    (most,) = taps.largest([says], device)
+    if most == FAILED:
+        raise ValueError(
+            "another process could not find the noisy sample's part of the teacher's features, and none can go on alone, as the "
+            "teacher's weights are gathered from all. Mend what the error of that process says."
+        )
+    return most
 
 
 def _layout(value: Any) -> tuple[Any, ...]:

@@ -43,13 +43,14 @@ MAY_IMPORT = {
     },
     "monitor": BASE | {"objective", "renoising"},
     "comparison": BASE,
-    "staged": BASE | {"comparison", "distances", "taps", "_restore"},
+    "staged": BASE | {"comparison", "distances", "taps", "_memory", "_restore"},
+    "_memory": set(),
     "taps": BASE | {"_restore"},
     "compiled": BASE | {"taps"},
     "features": BASE,
     "_checkpoints": {"taps"},
     "_restore": set(),
-    "_subset": BASE | {"staged"},
+    "_subset": BASE | {"staged", "taps", "_restore"},
     "nonfinite": BASE | {"_subset"},
     "copies": {"taps"},
     "precision": BASE,
@@ -60,7 +61,8 @@ MAY_IMPORT = {
 }
 CHECKING = [name for name in sorted(FILES) if name.startswith("_checking")]
 MAY_IMPORT |= {
-    name: BASE | set(CHECKING) | {"schedules", "parameterizations", "renoising"} for name in (*CHECKING, "checks")
+    name: BASE | set(CHECKING) | {"schedules", "parameterizations", "renoising", "taps"}
+    for name in (*CHECKING, "checks")
 }
 """The rings of the core, from the inside out; outside of them come the adapters, then inspection, then the command line."""
 

@@ -903,6 +903,28 @@ def test_a_stateful_model_has_the_noisy_samples_features_and_the_students_state_
     assert student.count == 0
 
 
+class Replacing(Transformer):
+    """Holds the mean of what it is given in a buffer, by putting a new tensor in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x, t, text):
+        self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        return super().forward(x, t, text=text)
+
+
+def test_looking_at_a_model_that_replaces_its_buffers_leaves_them_as_one_pass_does():
+    model = Replacing().eval()
+    expected = copy.deepcopy(model)
+    with torch.no_grad():
+        ModuleTeacher(model, layers=["blocks.1"], call=call)(TOKENS, T, TEXT)
+        call(expected, TOKENS, T, TEXT)
+    assert expected.mean != 0
+    assert torch.equal(model.mean, expected.mean)
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_fast_path_of_attention_is_left_as_it_was(enabled):
     before = torch.backends.mha.get_fastpath_enabled()

@@ -24,6 +24,7 @@ QUICK = [
         ("FSDP1", "copy"),
     )
 ] + [("draws", *Cell("DDP")), ("unequal", "auto")]
+APART = [("apart", name) for name in ("offloaded", "beside", "layouts", "tables", "fails", "waits")]
 LAUNCHERS = [*matrix.LAUNCHERS, "FSDP1", "FSDP2 without root"]
 
 
@@ -40,7 +41,7 @@ def accept(found):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    return dict(matrix.run(QUICK, tmp_path_factory.mktemp("quick")))
+    return dict(matrix.run(QUICK + APART, tmp_path_factory.mktemp("quick")))
 
 
 @named(QUICK)
@@ -48,6 +49,11 @@ def test_two_processes_end_at_the_weights_of_algorithm_1_or_say_why_not(quick, j
     accept(quick[job])
     refused = job[1:3] == ("FSDP2 blocks", "lora") or job[2:4] == ("lora", "reentrant")
     assert quick[job]["what"] == ("refused" if refused else "equal")
+
+
+@named(APART)
+def test_processes_that_are_given_different_things_never_wait_for_each_other_for_ever(quick, job):
+    assert quick[job]["what"] == "equal", quick[job].get("why")
 
 
 def needs_deepspeed(launcher):

@@ -169,7 +169,7 @@ def test_the_graph_of_the_pass_in_vain_is_freed_before_the_next():
     spoil(given, 1)
     with pytest.warns(NonFiniteWarning):
         trained(model, objective, given)
-    assert alive == [0, 0]
+    assert alive == [0, 0, 0, 0]  # between the two passes lie two looks at how the conditions are read
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -318,6 +318,262 @@ def test_nested_samples_can_be_left_out(kind):
             objective(model, samples, noise=noise, t=t, t_prime=t_prime).backward()
         found.append(gradient(model))
     assert torch.equal(*found)
+
+
+class Late(nn.Module):
+    """Uses its condition behind the tapped layer only, and by way of a gate; `read` makes one row per sample of it."""
+
+    def __init__(self, read, gate):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 3, 1)
+        self.embed, self.drop, self.norm = nn.Linear(5, 4), nn.Dropout(0.2), nn.BatchNorm2d(4)
+        self.gate, self.read = nn.Parameter(torch.full((4, 1, 1), gate)), read
+
+    def forward(self, x, t, text):
+        hidden = self.norm(self.drop(torch.tanh(self.middle(torch.tanh(self.first(x))))))
+        return self.last(torch.tanh(hidden + self.gate * self.read(self, hidden, text)[..., None, None]))
+
+
+def attended(model, hidden, table):
+    """Attention of each sample to all rows of a table."""
+    keys = model.embed(table)
+    return (hidden.mean((2, 3)) @ keys.T).softmax(1) @ keys
+
+
+def summed(model, hidden, packed):
+    """Sequences one behind the other, and their lengths."""
+    rows, lengths = packed
+    of = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.zeros(len(lengths), 4).index_add(0, of, model.embed(rows))
+
+
+TOKENS = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (2, 2, 3, 1, 4)]
+ROWS, PAIRS = torch.stack([x[0] for x in TOKENS]), torch.randn(B, 2, 5, generator=torch.Generator().manual_seed(0))
+LAYOUTS = {
+    "first dimension": (lambda model, _, text: model.embed(text), lambda rows: ROWS[rows]),
+    "frames": (
+        lambda model, _, text: model.embed(text).unflatten(0, (-1, 2)).mean(1),
+        lambda rows: PAIRS[rows].flatten(0, 1),
+    ),
+    "second dimension": (lambda model, _, text: model.embed(text).mean(0), lambda rows: PAIRS[rows].transpose(0, 1)),
+    "list": (
+        lambda model, _, text: torch.stack([model.embed(x).mean(0) for x in text]),
+        lambda rows: [TOKENS[i] for i in rows],
+    ),
+    "a table of 2 B rows": (attended, lambda rows: PAIRS.flatten(0, 1)),
+}
+UNTOLD = {
+    "a table of B rows": (attended, ROWS),
+    "a list of B numbers": (lambda model, hidden, text: hidden.mean((2, 3)) * sum(text), [0.1, 0.2, 0.3, 0.4, 0.5]),
+    "packed": (summed, (torch.cat(TOKENS), torch.tensor([len(x) for x in TOKENS]))),
+    "packed, by chance k B rows": (summed, (torch.cat([*TOKENS, *TOKENS])[:15], torch.tensor([2, 2, 3, 4, 4]))),
+}
+
+
+def late_step(read, text, gate, teacher, rows=None, **options):
+    torch.manual_seed(0)
+    model = Late(read, gate)
+    objective = SelfPerceptualObjective.wrap(
+        model,
+        schedules.Linear(),
+        prediction="v_prediction",
+        layers="middle",
+        nonfinite="skip",
+        teacher=teacher,
+        **options,
+    )
+    given = part_of(setting()[2], range(B) if rows is None else rows) | {"cond": {"text": text}}
+    if rows is None:
+        spoil(given, 2)
+    return trained(model, objective, given)
+
+
+@pytest.mark.parametrize("teacher", ["copy", lambda x, t, cond: [torch.tanh(x)]], ids=["copy", "without conditions"])
+@pytest.mark.parametrize("gate", [1.0, 0.0], ids=["open", "closed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_condition_that_only_the_student_uses_is_split_as_the_student_reads_it(layout, gate, teacher):
+    """Also where it does not show in the prediction yet: the gate that is closed has a gradient."""
+    (read, make), rows = LAYOUTS[layout], [0, 1, 3, 4]
+    expected = late_step(read, make(rows), gate, teacher, rows)
+    with pytest.warns(NonFiniteWarning, match="sample 2"):
+        found = late_step(read, make([*range(B)]), gate, teacher)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("teacher", ["copy", lambda x, t, cond: [torch.tanh(x)]], ids=["copy", "without conditions"])
+@pytest.mark.parametrize("gate", [1.0, 0.0], ids=["open", "closed"])
+@pytest.mark.parametrize("layout", UNTOLD)
+def test_a_condition_whose_rows_are_nobodys_is_refused(layout, gate, teacher):
+    with pytest.raises(ValueError, match=r"samples cannot be left out.*Wrap with `nonfinite='raise'`"):
+        late_step(*UNTOLD[layout], gate, teacher)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["no_grad", "frozen"])
+def test_where_nothing_is_trained_conditions_are_split_by_the_prediction(frozen):
+    (read, make), rows, text = LAYOUTS["frames"], [0, 1, 3, 4], [*range(B)]
+
+    def step(rows, text, read=read):
+        torch.manual_seed(0)
+        model = Late(read, 1.0).requires_grad_(not frozen)
+        objective = SelfPerceptualObjective.wrap(
+            model, schedules.Linear(), prediction="v_prediction", layers="middle", nonfinite="skip"
+        )
+        given = part_of(setting()[2], range(B) if rows is None else rows) | {"cond": {"text": text}}
+        if rows is None:
+            spoil(given, 2)
+        torch.manual_seed(7)
+        with torch.set_grad_enabled(frozen):
+            return objective(model, **given)
+
+    with pytest.warns(NonFiniteWarning, match="sample 2"):
+        assert torch.equal(step(None, make(text)), step(rows, make(rows)))
+    with pytest.raises(ValueError, match="samples cannot be left out"):
+        step(None, ROWS, attended)
+
+
+def test_a_condition_that_only_the_teacher_uses_is_split_as_the_teacher_reads_it():
+    torch.manual_seed(0)
+    model = Late(lambda model, hidden, text: hidden.mean((2, 3)), 1.0)
+    scale = torch.rand(B, 2)
+
+    def step(rows, cond, bad):
+        objective = SelfPerceptualObjective.wrap(
+            model, schedules.Linear(), prediction="v_prediction", nonfinite="skip", call=lambda m, x, t, c: m(x, t, None),
+            teacher=lambda x, t, c: [torch.tanh(x) * c["scale"].unflatten(0, (-1, 2)).mean(1).view(-1, 1, 1, 1)],
+        )  # fmt: skip
+        given = part_of(setting()[2], rows) | {"cond": cond}
+        if bad:
+            spoil(given, 1)
+        model.norm.reset_running_stats()
+        return trained(model, objective, given)
+
+    rows = [0, 2, 3, 4]
+    expected = step(rows, {"scale": scale[rows].flatten()}, bad=False)
+    with pytest.warns(NonFiniteWarning):
+        found = step([*range(B)], {"scale": scale.flatten()}, bad=True)
+    assert torch.equal(found[1], expected[1])
+
+
+def test_a_student_whose_gradient_cannot_be_looked_at_is_refused():
+    from torch.utils.checkpoint import checkpoint
+
+    def read(model, hidden, text):
+        return checkpoint(attended, model, hidden, text, use_reentrant=True)
+
+    with pytest.raises(ValueError, match=r"`nonfinite` looks at .*`use_reentrant=False`"):
+        late_step(read, ROWS.clone(), 1.0, "copy")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_conditions_are_split_as_the_student_reads_them(dtype):
+    (read, make), rows = LAYOUTS["frames"], [0, 1, 3, 4]
+    with torch.autocast("cpu", dtype):
+        expected = late_step(read, make(rows), 0.0, "copy", rows)
+        with pytest.warns(NonFiniteWarning, match="sample 2"):
+            found = late_step(read, make([*range(B)]), 0.0, "copy")
+    assert torch.equal(found[1], expected[1])
+
+
+def test_to_look_at_a_compiled_student_compiles_nothing_and_leaves_its_modes():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model, objective, given = setting(nonfinite="skip")
+    model.train().drop.eval()
+    spoil(given, 3)
+    torch.compiler.reset()
+    student = torch.compile(model, backend=backend, dynamic=True)
+    modes = [module.training for module in student.modules()]
+    with pytest.warns(NonFiniteWarning):
+        objective(student, given["clean"], **{k: v for k, v in given.items() if k != "clean"}).backward()
+    assert [module.training for module in student.modules()] == modes
+    assert len(graphs) == 2  # of five samples and of four
+
+
+class Reassigning(nn.Module):
+    """Sets a new tensor in a buffer's place in every pass; and makes its table longer where that is too short."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.reach = nn.Conv2d(3, 3, 1), 2
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("table", torch.linspace(0, 1, 2))
+
+    def forward(self, x, t):
+        if x.shape[-1] > self.reach:
+            self.reach = x.shape[-1]
+            self.table = torch.linspace(0, 1, self.reach)
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return torch.tanh(self.body(x) + self.mean) * self.table[: x.shape[-1]]
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 3], []], ids=["some", "none"])
+@pytest.mark.parametrize("kind", ["reassigned", "norm of batches"])
+def test_buffers_are_as_if_the_bad_samples_had_not_been(kind, rows):
+    def student():
+        torch.manual_seed(0)
+        return Reassigning() if kind == "reassigned" else nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+
+    model, plain = student(), student()
+    objective = SelfPerceptualObjective(
+        schedule=schedules.Linear(), prediction="v_prediction", teacher=lambda x, t, cond: [torch.tanh(x)],
+        call=(lambda m, x, t, c: m(x, t)) if kind == "reassigned" else (lambda m, x, t, c: m(x)), nonfinite="skip",
+    )  # fmt: skip
+    given = setting()[2] | {"cond": {}}
+    if rows:
+        trained(plain, objective, part_of(given | {"cond": {"text": torch.zeros(B)}}, rows) | {"cond": {}})
+    for row in {*range(B)} - {*rows}:
+        spoil(given, row)
+    with pytest.warns(NonFiniteWarning):
+        trained(model, objective, given)
+    for name, buffer in plain.named_buffers():
+        if name != "table":
+            assert torch.equal(model.get_buffer(name), buffer)
+    if kind == "reassigned":
+        assert len(model.table) == model.reach == 4
+
+
+def test_a_graph_of_yours_that_holds_a_buffer_of_the_student_is_left_as_it_is():
+    class Scaled(nn.Conv2d):
+        def __init__(self):
+            super().__init__(3, 3, 1)
+            self.register_buffer("scale", torch.full((3, 1, 1), 2.0))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model, given = Scaled(), setting()[2]
+    objective = SelfPerceptualObjective(
+        schedule=schedules.Linear(), prediction="v_prediction", teacher=lambda x, t, cond: [torch.tanh(x)],
+        call=lambda m, x, t, c: m(x), nonfinite="skip",
+    )  # fmt: skip
+    other = model(given["noise"]).square().mean()
+    spoil(given, 0)
+    with pytest.warns(NonFiniteWarning):
+        (other + objective(model, given["clean"])).backward()
+
+
+def test_the_objective_may_be_called_in_the_distance_of_a_step_that_leaves_samples_out():
+    depth = []
+
+    def nested(f, g):
+        if not depth:
+            depth.append(1)
+            objective.loss(torch.zeros(1, 3), clean=torch.zeros(1, 3), noise=torch.zeros(1, 3), t=torch.tensor([0.5]))
+            depth.pop()
+        return (f - g).square().flatten(1).mean(1)
+
+    model, objective, given = setting(nonfinite="skip", distance=nested, teacher=lambda x, t, cond: [torch.tanh(x)])
+    spoil(given, 1)
+    with pytest.warns(NonFiniteWarning, match="1 of 5 samples: sample 1"):
+        losses = trained(model, objective, given, reduction="none")[0]
+    assert losses.shape == (B,)
+    assert losses[1] == 0
+    assert objective.left_out == {1: "`clean`"}
 
 
 # --- the drop-in form -------------------------------------------------------------------------------------------------
@@ -631,11 +887,35 @@ def trained_sharded(model, objective, given):
     return loss.detach(), None
 
 
-def test_ddp_that_cannot_be_gone_around_is_refused(group):
+class Wrapped(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t, text, table=None):
+        return self.net(x, t, text, table)
+
+
+DDP = nn.parallel.DistributedDataParallel
+ROUND = {
+    "static graph": lambda model: DDP(model, static_graph=True),
+    "what is not used is looked for": lambda model: DDP(model, find_unused_parameters=True),
+    "inside of a module": lambda model: Wrapped(DDP(model)),
+    "one inside of the other": lambda model: DDP(Wrapped(DDP(model))),
+}
+
+
+@pytest.mark.parametrize("kind", ROUND)
+def test_ddp_that_cannot_be_gone_around_is_refused(group, kind):
     model, objective, given = setting(nonfinite="skip")
-    wrapped = nn.parallel.DistributedDataParallel(model, static_graph=True)
-    with pytest.raises(ValueError, match="`static_graph` or `mixed_precision`"):
-        objective(wrapped, given["clean"], cond=given["cond"])
+    with pytest.raises(ValueError, match=r"a second pass of the student.*DDP .*Wrap with `nonfinite='raise'`"):
+        objective(ROUND[kind](model), given["clean"], cond=given["cond"])
+
+
+def test_a_student_that_is_no_module_is_refused():
+    model, objective, given = setting(nonfinite="skip", call=lambda model, x, t, cond: model(x, t, **cond))
+    with pytest.raises(TypeError, match=r"`model` is a function, expected a torch\.nn\.Module.*`nonfinite` is 'skip'"):
+        objective(lambda *args, **cond: model(*args, **cond), given["clean"], cond=given["cond"])
 
 
 def in_process(rank, path, results):

@@ -1,7 +1,10 @@
 """Taps: the features of a full run, an early stop, and nothing left behind."""
 
 import gc
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -256,6 +259,36 @@ def test_a_layer_whose_streams_cannot_be_told_apart_is_refused():
         taps.run(model, ["block"], lambda: model(image, torch.randn(2, 6, 4)))
 
 
+def test_a_pass_of_another_thread_that_comes_and_goes_disturbs_none():
+    """The other takes its hooks off while this one is among those of a layer, and so keeps what it has read of them."""
+    model, (hidden, text) = TwoBlocks(), torch.randn(2, 2, 3)
+    on, inside, off = threading.Event(), threading.Event(), threading.Event()
+
+    def select(output, args, kwargs):
+        inside.set()
+        assert off.wait(60)
+        return output[0]
+
+    def here():
+        assert on.wait(60)
+        return model(hidden, text)
+
+    def there():
+        on.set()
+        assert inside.wait(60)
+        return model(hidden, text)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(taps.run, model, ["joint"], here, select=select, stop=False)
+        while not model.joint._forward_hooks:
+            time.sleep(0.001)
+        other = pool.submit(taps.run, model, ["joint"], there, select=lambda output, *_: output[0])
+        (expected,) = other.result(60)
+        off.set()
+        assert torch.equal(one.result(60)[0], expected)
+    assert hooks(model) == []
+
+
 # --- wrappers ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +297,24 @@ def group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+def test_a_pass_is_not_left_early_where_a_module_beside_the_path_is_sharded(group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = TwoBlocks()
+    assert not taps.gathered(model)
+    fully_shard(model.shared, mesh=init_device_mesh("cpu", (1,)))
+    assert taps.gathered(model)
+    assert not taps.may_stop(model, ["joint"])
+
+
+def test_nothing_is_gathered_where_a_model_is_offloaded():
+    model = TwoBlocks()
+    model.joint._hf_hook = None  # accelerate's mark
+    assert not taps.may_stop(model, ["joint"])
+    assert not taps.gathered(model)
 
 
 def fsdp(model):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perceptual_diffusion import taps
 from perceptual_diffusion._checking.batch import Batch
 from perceptual_diffusion._checking.numbers import difference, equal, finite
 from perceptual_diffusion._checking.report import SetupError, named
@@ -27,7 +28,7 @@ def trained_weights(model: nn.Module) -> list[nn.Parameter]:
         SetupError: there are none, or the student is partitioned over processes.
     """
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or type(parameter).__name__ == "DTensor":
+        if taps.partitioned(parameter):
             raise SetupError(
                 "partitioned",
                 f"`model` is partitioned ({name!r} is not whole here). Check it before FSDP or DeepSpeed does that.",

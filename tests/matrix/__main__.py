@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from matrix import apart
 from matrix.cells import Cell
 from matrix.distributing import distribute, shard, wrap
 from matrix.nets import BATCH, STEPS, batch, build
@@ -86,7 +87,12 @@ def unequal(micro_batch):
     return {"what": "equal" if apart <= 1e-5 else "wrong", "apart": apart}
 
 
-KINDS = {"cell": of_cell, "draws": draws, "unequal": unequal}
+def given_apart(name):
+    apart.CASES[name]()
+    return {"what": "equal"}
+
+
+KINDS = {"cell": of_cell, "draws": draws, "unequal": unequal, "apart": given_apart}
 
 
 def outcome(job):
@@ -94,7 +100,7 @@ def outcome(job):
     torch._dynamo.reset()
     kind, *given = job
     try:
-        return KINDS[kind](given[0] if kind == "unequal" else Cell(*given))
+        return KINDS[kind](Cell(*given) if kind in ("cell", "draws") else given[0])
     except REFUSALS as error:
         own = f"{os.sep}perceptual_diffusion{os.sep}" in traceback.extract_tb(error.__traceback__)[-1].filename
         return {"what": "refused" if own else "failed", "why": str(error) if own else traceback.format_exc()}

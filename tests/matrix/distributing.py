@@ -23,7 +23,7 @@ def blocks_of(model):
     return model.blocks if hasattr(model, "blocks") else [*model.down_blocks, model.mid_block, *model.up_blocks]
 
 
-def shard(model, how):
+def shard(model, how, **root):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -31,7 +31,7 @@ def shard(model, how):
     for block in () if how == "root" else blocks_of(model):
         if any(True for _ in block.parameters()):
             fully_shard(block, mesh=mesh)
-    return model if how == "without root" else fully_shard(model, mesh=mesh)
+    return model if how == "without root" else fully_shard(model, mesh=mesh, **root)
 
 
 def distribute(cell, student, rate):
