@@ -19,11 +19,17 @@ class Cell(NamedTuple):
         return self.teacher == "lora"
 
     @property
+    def refused(self):
+        """Whether an eager cell has to be refused: LoRA's frozen base cannot be shared once it is partitioned."""
+        return self.lora and (self.checkpointing == "reentrant" or self.launcher in PARTITIONED)
+
+    @property
     def kind(self):
         """Which model: diffusers' UNet, or a small one where it is compiled, as that takes far less time."""
         return "unet" if self.compile == "off" else "blocks"
 
 
+PARTITIONED = ("FSDP1", "FSDP2 blocks", "FSDP2 without root", "ZeRO-3")
 LAUNCHERS = ("one process", "DDP", "FSDP2 root", "FSDP2 blocks", "ZeRO-2", "ZeRO-3")
 TEACHERS, CHECKPOINTING = ("copy", "lora", "module"), ("off", "reentrant", "non-reentrant")
 MAIN = [
