@@ -205,7 +205,36 @@ def test_a_folder_called_emoji_is_not_the_packaged_set(tmp_path, pictures, quick
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["base_steps"] == 1
 
 
-@pytest.mark.parametrize("break_it", ["history", "done", "optimizer", "rng", "list"])
+def test_a_state_of_an_earlier_version_is_refused_with_what_it_lacks(tmp_path):
+    out, key = tmp_path / "out", {"seed": 3, "data": "0"}
+    files.write(out / "state/run.json", json.dumps({"made by": demo.MADE_BY, "saved": [], "seed": 3}))
+    with pytest.raises(UserError, match="another version, which did not write down its data: "):
+        demo._check(out, True, key)
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"a":' * 100_000, b"\xff", b'{"made by": "perceptual-diffusion demo", "saved": 5}'])  # fmt: skip
+def test_a_damaged_description_of_a_run_is_named(tmp_path, content):
+    files.save_state(tmp_path / "state/base.safetensors", {}, {})
+    (tmp_path / "state/run.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.json' is missing or damaged"):
+        demo._check(tmp_path, True, {})
+
+
+@pytest.mark.parametrize("wrong", [{"mse": "x"}, {}, None, {"mse": 1.0, "sp": 1.0}])
+def test_a_history_of_something_else_is_refused(tmp_path, wrong):
+    train, path = datasets.load("emoji").train, tmp_path / "s.safetensors"
+
+    def tuning():
+        return training.FineTuning(*demo.load_base(9), train, loss="mse", seed=0, batch=1)
+
+    tuning().run(2, state=path, stop=training.Stop(), key={})
+    tensors, meta = files.load_state(path)
+    files.save_state(path, tensors, meta | {"history": [meta["history"][0], wrong]})
+    with pytest.raises(UserError, match="does not fit this run"):
+        tuning().run(3, state=path, stop=training.Stop(), key={})
+
+
+@pytest.mark.parametrize("break_it", ["history", "done", "optimizer", "optimizer.3.step", "rng", "list"])
 def test_a_state_that_lacks_a_part_is_refused(tmp_path, break_it):
     train = datasets.load("emoji").train
     path = tmp_path / "s.safetensors"
@@ -249,6 +278,11 @@ def test_an_interrupted_demo_is_resumed_and_finished(tmp_path, pictures, quick, 
     other = invoke(*arguments, "--seed", 7, "--resume")
     assert other.exit_code == 2
     assert "another seed" in other.stderr
+    picture = next(pictures.rglob("*.png"))
+    kept = picture.read_bytes()
+    Image.new("RGB", (32, 32), "red").save(picture)
+    assert "another data. Use the same" in invoke(*arguments, "--resume").stderr
+    picture.write_bytes(kept)
     last = invoke(*arguments, "--resume")
     assert last.exit_code == 0, last.output
     assert (out / "report.html").exists()

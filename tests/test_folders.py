@@ -2,8 +2,13 @@
 
 import json
 import os
+import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+from killing import child
 from PIL import Image
 
 from perceptual_diffusion.cli import folders
@@ -164,6 +169,41 @@ def test_a_folder_without_pictures_or_that_is_none_is_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             folders.read(path, "nothing")
+
+
+def test_large_pictures_are_decoded_one_at_a_time_without_copies(tmp_path):
+    """Pillow has 4 bytes for a pixel of RGB; one picture is decoded while the one before goes away."""
+    Image.new("L", (6000, 6000)).save(tmp_path / "a.png")
+    for name in "bcd":
+        shutil.copy(tmp_path / "a.png", tmp_path / f"{name}.png")
+
+    def grown():
+        before = peak()
+        assert len(folders.read(tmp_path, "nothing").items) == 4
+        print((peak() - before) / 36e6)
+
+    ended = child(grown)
+    assert ended.code == 0, ended.said
+    assert float(ended.said) < 10.5
+
+
+def peak():
+    """The most memory that this process had so far."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def test_a_picture_on_white_is_what_pillows_own_compositing_gives(tmp_path):
+    value, alpha = np.meshgrid(np.arange(256), np.arange(256))
+    clear = Image.fromarray(np.stack([value, value, value, alpha], -1).astype(np.uint8))
+    clear.save(tmp_path / "clear.png")
+    expected = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+    assert folders.open_picture(tmp_path / "clear.png").tobytes() == expected.tobytes()
+
+
+def test_a_file_that_is_larger_than_any_picture_is_not_read(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.truncate(tmp_path / "a.png", 2**30 + 1)
+    assert "at most 1073741824 are read" in folders.find_broken([tmp_path / "a.png"])[tmp_path / "a.png"]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")

@@ -34,6 +34,7 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 RAW = st.sampled_from([
+    b"[" * 300_000, b'{"step": 1}\n\xff\n', b'{"step": 1e400}\n',
     b"", b"\0", b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b"[" * 100_000, b'{"a":' * 100_000, b"a = " + b"[" * 100_000, b"a." * 50_000 + b"b = 1", b"9" * 5000, b'"\xff"',
     b"x = 0x" + b"f" * 9000, b"!!python/object/apply:os.system ['touch victim/x']", b"cos\nsystem\n(S'touch victim/x'\ntR.", b"{" + b'"a": 1,' * 1000 + b'"a": 1}',
     b"&a [*a, *a]", b"\x80\x04\x95\x1c\0\0\0\0\0\0\0\x8c\x05posix\x94\x8c\x06system\x94\x93\x94\x8c\x01x\x94\x85\x94R\x94.", b"null", b"3", b"[]", b"{}", b'"x"',
@@ -42,13 +43,22 @@ RAW = st.sampled_from([
 
 @functools.cache
 def stock():
-    """A folder with a tiny model and a few pictures, which cases are made of."""
+    """A folder with a tiny model, a few pictures and a run of a step, which cases are made of."""
     root = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     pipelines.write("ddpm", root / "model")
     pipelines.write("sd", root / "text")
     pipelines.pictures(root / "data", 8)
+    (root / "run.json").write_text(json.dumps(config()))
+    ended = watched.run(["train", "run.json"], root, watch=False)
+    assert ended["code"] == 0, ended
     return root
+
+
+def config(**more):
+    """A config of `train`, whose run ends after a step."""
+    training = {"steps": 1, "batch": 1, "resolution": 8, "warmup": 0}
+    return {"model": "model", "data": "data", "out": "out", "training": training} | more
 
 
 def png(size=(8, 8), **more):
@@ -145,18 +155,15 @@ class Case:
     def take(self, name):
         shutil.copytree(stock() / name, self.root / "given" / name, dirs_exist_ok=True)
 
-    def config(self, **more):
-        given = {
-            "model": "model",
-            "data": "data",
-            "out": "out",
-            "training": {"steps": 1, "batch": 1, "resolution": 8, "warmup": 0},
-        }
-        return given | more
+    def go_on(self):
+        """Take the run of `stock`, and write the config of a longer one."""
+        self.take("out")
+        more = config()["training"] | {"steps": 2}
+        (self.root / "given/more.json").write_text(json.dumps(config(training=more)))
 
     def outputs(self):
         """Where the command may write: its output, and what stands for it while it is made."""
-        twins = [self.out.with_name(f".out.{end}") for end in ("tmp", "old")]
+        twins = [self.out.with_name(f".out.{end}") for end in ("tmp", "old", "lock")]
         return [self.out, *twins, self.root / "temporary"]
 
     def look(self):
@@ -378,9 +385,19 @@ PLANTS = [
 ]  # fmt: skip
 
 
+def meant(one, other):
+    """What the package itself would have written, but for two values."""
+    mark = {"made by": "perceptual-diffusion train", "saved": one, "finished": other, "step": one}
+    return (json.dumps(mark) + "\n").encode("utf-8", "surrogatepass")
+
+
 @st.composite
 def outs(draw):
-    """A command on an output folder that somebody has prepared."""
+    """A command on an output folder that somebody has prepared, or on a run that is whole but for a file."""
+    if draw(st.booleans()):
+        names = st.sampled_from(["log.jsonl", "config.json", "state/latest.safetensors", "samples/before.png", "model"])
+        planted = {"out/" + draw(names): draw(RAW | WEIGHTS | st.builds(meant, VALUES, VALUES))}
+        return planted, ["train", "more.json", "--resume"]
     files = {}
     for _ in range(draw(st.integers(1, 3))):
         files["out/" + draw(st.sampled_from(PLANTS))] = draw(LINKS | RAW | WEIGHTS)
@@ -452,10 +469,12 @@ def try_out(files, command):
             or any(name.startswith("model/") for name in files)
         ):
             case.take("model")
-        (case.root / "given/run.json").write_text(json.dumps(case.config()))
+        (case.root / "given/run.json").write_text(json.dumps(config()))
         if "text.json" in command:
             case.link("text", stock() / "text")
-            (case.root / "given/text.json").write_text(json.dumps(case.config(model="text")))
+            (case.root / "given/text.json").write_text(json.dumps(config(model="text")))
+        if "more.json" in command:
+            case.go_on()
         for name, content in files.items():
             if content is None:
                 (case.root / "given" / name).unlink()

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_accelerate import Run
 
-from perceptual_diffusion.cli import datasets, demo, files, train
+from perceptual_diffusion.cli import datasets, demo, files, held, train
 from perceptual_diffusion.cli._app import app
 from perceptual_diffusion.cli._errors import UserError
 
@@ -302,7 +302,7 @@ def test_a_run_that_is_killed_at_random_moments_goes_on_to_the_bit(root, whole, 
 
 
 def test_train_on_a_full_disk_ends_in_a_sentence_and_goes_on_to_the_bit(root, whole):
-    filled_and_gone_on(root, whole, lambda changes: two(changes)[:1])
+    filled_and_gone_on(root, whole, lambda changes: [(1, False), *two(changes)[:1]])
 
 
 @pytest.mark.slow
@@ -320,8 +320,12 @@ def filled_and_gone_on(root, whole, points):
             failed += 1
             assert ended.code == 2, ended.said
             assert "Traceback" not in ended.said
-            assert ended.said.splitlines()[-1].startswith("error: "), ended.said
-        assert not [p for p in run.out.rglob("*") if p.suffix in (".tmp", ".old") or p.name == files.LOCK]
+            said = ended.said.splitlines()[-1]
+            assert said.startswith("error: "), ended.said
+            assert "Free some space" in said
+            assert ("use --resume" in said) == (run.out / "config.json").exists()
+        assert not [p for p in run.out.rglob("*") if p.suffix in (".tmp", ".old")]
+        assert not [*run.out.parent.glob("*.lock"), *run.out.parent.glob(".*.lock")]
         assert go_on(run) == expected, (at, torn, changes[at - 1])
         shutil.rmtree(run.out)
     assert failed > len(points(changes)) / 2
@@ -391,7 +395,7 @@ def test_a_state_that_is_missing_is_no_reason_to_start_again(root, whole):
 def test_a_missing_state_of_the_demo_is_named(tmp_path, lost):
     out = tmp_path / "out"
     key = {"seed": 3}
-    mark = {"made by": demo.MADE_BY, "saved": ["mse", "samples-base"], **key}
+    mark = {"made by": demo.MADE_BY, "saved": ["mse", "samples-base", ["mse"], "../x", "x" * 300], **key}
     for name in ("mse", "samples-base"):
         files.save_state(out / f"state/{name}.safetensors", {}, {})
     files.write(out / "state/run.json", json.dumps(mark))
@@ -409,6 +413,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends_or_is_killed(r
     run = Training(root, root / "twice")
     process, said = begin(run)
     while not (run.out / "config.json").exists():
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), "it has ended"
         time.sleep(0.01)
     os.kill(process, signal.SIGSTOP)
     before = {p: p.read_bytes() for p in run.out.rglob("*") if p.is_file()}
@@ -418,24 +423,73 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_ends_or_is_killed(r
     assert before == {p: p.read_bytes() for p in run.out.rglob("*") if p.is_file()}
     os.kill(process, signal.SIGKILL)
     end(process, said)
-    assert (run.out / files.LOCK).exists()
+    assert (run.out.parent / ".twice.lock").exists()
     assert go_on(run) == expected
+    assert not (run.out.parent / ".twice.lock").exists()
 
 
 def test_a_lock_is_not_held_by_what_a_run_forks_and_is_gone_when_it_ends(tmp_path):
-    folder = tmp_path / "run"
-    with files.hold(folder):
+    folder = tmp_path / "runs/run"
+    with held.hold(folder):
         assert "another run is at work" in child(try_hold, folder).said
         process, said = begin(time.sleep, 60)  # a process that reads pictures, and outlives the run by seconds
-    assert not folder.exists()
+    assert [*tmp_path.iterdir()] == []
     assert child(try_hold, folder).code == 0
     os.kill(process, signal.SIGKILL)
     end(process, said)
 
 
-def try_hold(folder):
-    with files.hold(folder):
+def try_hold(folder, seconds=0):
+    with held.hold(folder):
+        print("held", flush=True)
+        time.sleep(seconds)
+
+
+def test_a_folder_stays_held_when_it_is_renamed_and_a_user_keeps_an_empty_one(tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    with held.hold(folder):
+        folder.rename(tmp_path / "run.1")
+        assert "another run is at work" in child(try_hold, folder).said
+    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
+
+
+def test_a_lock_that_is_another_runs_is_not_removed(tmp_path):
+    folder = tmp_path / "run"
+    with held.hold(folder):
+        for lock in tmp_path.rglob("*lock"):  # somebody tidied up
+            lock.unlink()
+        process, said = begin(try_hold, folder, 60)
+        assert os.read(said, 4) == b"held"
+    assert "another run is at work" in child(try_hold, folder).said
+    os.kill(process, signal.SIGKILL)
+    end(process, said)
+
+
+def test_a_folder_is_looked_at_before_and_while_it_is_held(tmp_path):
+    seen = []
+    with held.hold(tmp_path / "run", lambda: seen.append([path.name for path in tmp_path.iterdir()])):
+        assert seen == [[], [".run.lock"]]
+
+
+def test_a_lock_beside_a_folder_is_never_a_link_or_a_pipe_that_is_followed(tmp_path):
+    (tmp_path / ".run.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="cannot be used"), held.hold(tmp_path / "run"):
         pass
+    assert not (tmp_path / "victim").exists()
+    (tmp_path / ".run.lock").unlink()
+    os.mkfifo(tmp_path / ".run.lock")
+    assert child(try_hold, tmp_path / "run").code == 0
+
+
+@pytest.mark.parametrize("command", [["sample"], ["evaluate", "data"]])
+def test_pictures_are_not_sampled_into_a_folder_that_another_run_fills(root, tmp_path, command):
+    options = {"sample": ["--out"], "evaluate": [str(root / "data"), "--samples"]}[command[0]]
+    arguments = [command[0], str(root / "model"), *options, str(tmp_path / "out"), "--n", "8", "--steps", "1"]
+    with held.hold(tmp_path / "out"):
+        ended = child(app, arguments)
+    assert ended.code == 2, ended.said
+    assert "another run is at work in" in ended.said
+    assert [*tmp_path.iterdir()] == []
 
 
 # --- Checkpoints --------------------------------------------------------------------------------------------------------

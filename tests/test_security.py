@@ -1,15 +1,18 @@
 """What SECURITY.md promises, promise by promise: the hostile file that would break it, and the command that gets it."""
 
 import json
+import os
 import shutil
 
 import pipelines
 import pytest
 import watched
 from PIL import Image
+from safetensors.torch import save_file
 from test_fuzz_cli import EPS, PLANTS, Case, claimed, header, png, row, stock, tensors
+from test_fuzz_cli import config as config_of
 
-from perceptual_diffusion.cli import _paths, _pictures, config, folders, loading, plan, report
+from perceptual_diffusion.cli import _paths, _pictures, config, files, folders, loading, plan, report
 from perceptual_diffusion.cli._errors import UserError, plain
 
 SAMPLE = ("sample", "model", "--out", "out", "--n", "1", "--steps", "1")
@@ -21,7 +24,7 @@ def case(tmp_path):
     made = Case(tmp_path)
     made.take("data")
     made.take("model")
-    (tmp_path / "given/run.json").write_text(json.dumps(made.config()))
+    (tmp_path / "given/run.json").write_text(json.dumps(config_of()))
     return made
 
 
@@ -69,7 +72,7 @@ def test_a_plain_run_does_nothing_that_the_watch_would_note_and_works(case):
 def test_with_folders_no_command_opens_a_socket_also_where_it_may(case):
     """Without HF_HUB_OFFLINE: what is on disk needs no network."""
     case.link("text", stock() / "text")
-    (case.root / "given/text.json").write_text(json.dumps(case.config(model="text")))
+    (case.root / "given/text.json").write_text(json.dumps(config_of(model="text")))
     for arguments in [
         SAMPLE, ("inspect", "model"), ("inspect", "text", "--json"), ("evaluate", "data", "data"), ("train", "text.json"),
         ("sample", "text", "--prompt", "a", "--n", "1", "--steps", "1", "--out", "out/more"),
@@ -235,6 +238,47 @@ def test_a_picture_that_claims_to_be_huge_is_not_decoded(tmp_path):
     assert _pictures.open_picture(tmp_path / "x.png").size == (8, 8)
 
 
+PIPES = {
+    "out/config.json": ("train", "more.json", "--resume"),
+    "out/log.jsonl": ("train", "more.json", "--resume"),
+    "out/state/latest.safetensors": ("train", "more.json", "--resume"),
+    "out/metrics.json": ("demo", "--out", "out", "--resume"),
+    "out/state/run.json": ("demo", "--out", "out", "--resume"),
+    "out/samples.json": ("sample", "model", "--out", "out", "--overwrite"),
+    "data/metadata.jsonl": ("train", "text.json", "--dry-run"),
+}
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_pipe_in_a_shared_folder_is_not_waited_for(case, name):
+    if "more.json" in PIPES[name]:
+        case.go_on()
+    case.link("text", stock() / "text")
+    (case.root / "given/text.json").write_text(json.dumps(config_of(model="text")))
+    path = case.root / "given" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    done = case.judge(PIPES[name])
+    assert (done["code"] == 0) == (name == "out/config.json"), done  # what counts is in the state
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "config.json", "state/latest.safetensors"])
+@pytest.mark.parametrize("content", [b"[" * 200_000, b'{"step": 1}\n\xff\xfe\n'])
+def test_a_damaged_file_of_a_run_is_one_sentence_or_none(case, name, content):
+    case.go_on()
+    (case.out / name).write_bytes(content)
+    done = case.judge(("train", "more.json", "--resume"))
+    assert done["code"] == (2 if "state" in name else 0), done
+
+
+def test_a_state_whose_description_is_nested_without_end_is_refused(tmp_path):
+    deep = '{"a":' * 100_000
+    save_file({}, tmp_path / "a.safetensors", {"state": deep, "digest": files.digest({}, deep)})
+    with pytest.raises(UserError, match="cannot be read"):
+        files.load_state(tmp_path / "a.safetensors")
+
+
 def test_files_without_an_end_are_not_read(tmp_path):
     (tmp_path / "run.toml").symlink_to("/dev/zero")
     with pytest.raises(UserError, match="no regular file"):
@@ -245,6 +289,11 @@ def test_files_without_an_end_are_not_read(tmp_path):
         config.load(tmp_path / "large.json")
     with pytest.raises(UserError, match=r"cannot be read: .* at most"):
         loading._json(tmp_path / "large.json")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "large.json").rename(tmp_path / "data/metadata.jsonl")
+    Image.new("RGB", (9, 9)).save(tmp_path / "data/a.png")
+    with pytest.raises(UserError, match=r"cannot be read: .* at most"):
+        folders.read(tmp_path / "data", "captions")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -263,6 +312,10 @@ def test_training_writes_names_of_files_as_escapes_too(case):
     case.judge(["train", "run.json", "--dry-run"])
 
 
+def test_a_name_that_is_empty_is_not_the_working_folder(case):
+    assert "A or B is '', which cannot be used: it is empty" in refused(case, "evaluate", "", "data")
+
+
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300])
 def test_a_name_that_no_file_can_have_is_one_sentence(case, name):
     for arguments in (
@@ -275,7 +328,7 @@ def test_a_name_that_no_file_can_have_is_one_sentence(case, name):
 @pytest.mark.parametrize("key", ["model", "data", "out"])
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "a\0b", "\ud800"])
 def test_a_name_that_no_file_can_have_is_one_sentence_in_a_config_too(case, key, name):
-    case.put("run.json", json.dumps(case.config(**{key: name})).encode())
+    case.put("run.json", json.dumps(config_of(**{key: name})).encode())
     assert f"`{key}` is {name[:50]!r}"[:-1] in refused(case, "train", "run.json", "--dry-run")
 
 

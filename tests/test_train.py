@@ -16,10 +16,10 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from models import conditional_unet
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from perceptual_diffusion.cli import captions, config, folders, train, tuning
+from perceptual_diffusion.cli import captions, config, files, folders, train, tuning
 from perceptual_diffusion.cli import pipelines as loading
 from perceptual_diffusion.cli._app import app
 from perceptual_diffusion.cli._errors import UserError
@@ -360,6 +360,80 @@ def test_a_run_does_not_go_on_with_another_teacher_or_other_captions(tmp_path, w
     captions.write_text(kept)
     moved = first.parent.rename(tmp_path / "moved") / "model"
     finished(write_config("sd", model=moved, steps=2), "--resume")
+
+
+def changed(path, **facts):
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def one_value(path):
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[-1] += 1
+    save_file(tensors, path, {"format": "pt"})
+
+
+def another_word(path):
+    facts = json.loads(path.read_text())
+    words = facts["model"]["vocab"]
+    last, before = sorted(words, key=words.get)[-1:-3:-1]
+    words[last], words[before] = words[before], words[last]
+    path.write_text(json.dumps(facts))
+
+
+CHANGES = {
+    "prediction": ("model/scheduler/scheduler_config.json", lambda path: changed(path, prediction_type="v_prediction")),
+    "schedule": ("model/scheduler/scheduler_config.json", lambda path: changed(path, beta_end=0.03)),
+    "model": ("model/unet/diffusion_pytorch_model.safetensors", one_value),
+    "vae": ("model/vae/diffusion_pytorch_model.safetensors", one_value),
+    "vae ": ("model/vae/config.json", lambda path: changed(path, scaling_factor=0.7)),
+    "text encoders": ("model/text_encoder/model.safetensors", one_value),
+    "text encoders ": ("model/tokenizer/tokenizer.json", another_word),
+    "data": ("data/0.png", lambda path: Image.new("RGB", (20, 16), "red").save(path)),
+}
+
+
+def test_a_run_does_not_go_on_with_anything_else_that_its_numbers_depend_on(tmp_path, write_config):
+    model = pipelines.write("sd", tmp_path / "model")
+    finished(write_config("sd", model=model, steps=1))
+    for name, (file, change) in CHANGES.items():
+        kept = (tmp_path / file).read_bytes()
+        change(tmp_path / file)
+        result = invoke(write_config("sd", model=model, steps=2), "--resume")
+        assert result.exit_code == 2, name
+        assert f"is of a run with another {name.strip()}. Use the same" in result.output, name
+        (tmp_path / file).write_bytes(kept)
+    state = tmp_path / "out/state/latest.safetensors"
+    tensors, meta = files.load_state(state)
+    assert "0x" not in json.dumps(meta["key"]), "an address, which is another one in the next run"
+    older = {name: value for name, value in meta["key"].items() if name not in ("schedule", "vae")}
+    files.save_state(state, tensors, meta | {"key": older})
+    told = "was saved by another version, which did not write down its schedule, vae: "
+    assert told in refused(write_config("sd", model=model, steps=2), "--resume")
+    files.save_state(state, tensors, meta)
+    finished(write_config("sd", model=model, steps=2), "--resume")
+
+
+def test_a_digest_is_of_every_value_whatever_its_size():
+    one = torch.nn.Linear(512, 512).requires_grad_(False)
+    before = files.digest(one.state_dict())
+    one.weight.view(-1)[1::2] = 0
+    assert files.digest(one.state_dict()) != before
+    half = {"a": torch.tensor(1.0).bfloat16(), "b": torch.zeros(0)}
+    assert files.digest(half) != files.digest({"a": torch.tensor(1.0), "b": torch.zeros(0)})
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 200_000, b'{"step": 1e400}\n{"step": "9"}\n3'])
+def test_a_damaged_log_loses_no_more_than_its_damaged_lines(tmp_path, content):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + content + b'\n{"step": 2}\n')
+    with Log(tmp_path, 2, True):
+        pass
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_an_out_where_nothing_can_be_written_is_refused_at_once(tmp_path, write_config, monkeypatch):
+    monkeypatch.setattr(loading, "load", lambda *given: pytest.fail("the model was loaded"))
+    assert "the folder '/proc/none' cannot be used: " in refused(write_config(out="/proc/none"))
+    assert "--resume" not in refused(write_config(out="/proc/none"))
 
 
 def test_a_launchers_environment_does_not_change_the_accumulation(tmp_path, write_config, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 import time
 import warnings
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from perceptual_diffusion import __version__
-from perceptual_diffusion.cli import datasets, metrics, report
+from perceptual_diffusion.cli import _paths, datasets, metrics, report, sampling
 from perceptual_diffusion.cli._errors import UserError, plain
-from perceptual_diffusion.cli.files import LOCK, hold, load_state, remove, save_state, write, write_folder
-from perceptual_diffusion.cli.sampling import sample, trajectory
+from perceptual_diffusion.cli.files import check_key, digest, load_state, remove, save_state, write, write_folder
+from perceptual_diffusion.cli.held import disk_error, hold
 from perceptual_diffusion.cli.training import FineTuning, Interrupted, Stop
 
 BATCH = 32
@@ -37,6 +38,8 @@ LABELS = {
     "mse": "MSE, same compute",
     "self-perceptual": "self-perceptual",
 }
+STATES = (*LABELS, *(f"samples-{name}" for name in LABELS))
+"""What a run may have saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,120 +76,82 @@ def run(settings: Settings, *, out: Path, resume: bool) -> bool:
     ):
         if not least <= value < 2**31:
             raise UserError(f"{name} is {value}, expected a whole number from {least} to {2**31 - 1}.")
-    device = _device(settings.device)
+    device = sampling.device(settings.device)
     split = datasets.load(settings.dataset)
     console = Console(stderr=True, markup=False)
     # all that the result depends on; random streams differ between kinds of device
-    key = {**asdict(settings), "device": device.type, "objective": OBJECTIVE, "lr": LR, "batch": BATCH}
+    data = digest({"images": split.train.images, "labels": split.train.labels})
+    key = {**asdict(settings), "device": device.type, "data": data, "objective": OBJECTIVE, "lr": LR, "batch": BATCH}
+    out = Path(os.path.realpath(_paths.path(out, "--out")))
+    mark = out / "state" / "run.json"
     try:
-        out = out.expanduser().resolve()
-        _prepare(out, resume, key, console)
-        held = contextlib.ExitStack()
-        held.enter_context(hold(out))
-    except (OSError, RuntimeError) as error:
-        itself = isinstance(error, OSError) and error.filename in (None, str(out))
-        reason = getattr(error, "strerror", None) if itself else None
-        raise UserError(f"--out {str(out)[:80]!r} cannot be used: {reason or error}. Give another folder.") from error
-    try:
-        with held, Stop().listening() as stop, warnings.catch_warnings():
-            _check(out, resume, key)  # another run may have begun or ended meanwhile
+        with Stop().listening() as stop, warnings.catch_warnings(), hold(out, lambda: _check(out, resume, key)):
+            _begin(out, resume, console)
             if not resume:
-                write(out / "state" / "run.json", json.dumps({"made by": MADE_BY, "saved": [], **key}, indent=1))
+                write(mark, json.dumps({"made by": MADE_BY, "saved": [], **key}, indent=1))
             warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance`")
             _Demo(settings, split, device, out, key, stop, console).run()
     except (Interrupted, KeyboardInterrupt):
         console.print(
-            f"Stopped. What was done is kept in {plain(out / 'state')}; go on with the same command and --resume."
+            f"Stopped. What was done is kept in {plain(mark.parent)}; go on with the same command and --resume."
         )
         return False
     except OSError as error:
-        raise UserError(
-            f"a file could not be written or read: {error}. Mend that (free some space), then use --resume."
-        ) from error
+        raise disk_error(error, mark) from error
     return True
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).add(1).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}. Use cpu."
-        ) from error
-    return device
-
-
-def _prepare(out: Path, resume: bool, key: dict[str, Any], console: Any) -> None:
-    """Refuse a folder that cannot be used; keep the results of an earlier run under another name."""
+def _check(out: Path, resume: bool, key: dict[str, Any]) -> None:
+    """Refuse a folder that cannot be used, to begin where a run was interrupted, and to go on where there is none or another one."""
+    other = UserError(f"--out is {str(out)!r}, which holds other files. Give a new or an empty folder.")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {str(out)!r}, which is a file. Give a folder.")
-    finished = _mark(out / "metrics.json") is not None
-    if finished:
-        _clean(out / "state")  # a kill may have come before it
-    _check(out, resume, key)
-    if not resume and not _untouched(out):
-        if not finished or (out / "state").exists() or out == Path.cwd():
-            raise UserError(f"--out is {str(out)!r}, which holds other files. Give a new or an empty folder.")
-        kept = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(kept)
-        console.print(f"The earlier results are kept in {plain(kept)}.")
-
-
-def _untouched(out: Path) -> bool:
-    """Whether a folder holds no more than what a run leaves that is killed before it writes state/run.json."""
+    if _paths.mark(out / "metrics.json", MADE_BY) is not None:
+        if out == Path.cwd() and not resume:
+            raise other
+        return
     state = out / "state"
-    left = {out / LOCK, state / ".run.json.tmp"} | ({state} if state.is_dir() else set())
-    return {*out.glob("*"), *state.glob("*")} <= left
-
-
-def _check(out: Path, resume: bool, key: dict[str, Any]) -> None:
-    """Refuse to begin where a run was interrupted, and to go on where there is none or another one."""
-    mark = _mark(out / "state" / "run.json")
+    mark = _paths.mark(state / "run.json", MADE_BY)
     if not resume:
         if mark is not None:
             raise UserError(f"{str(out)!r} holds an interrupted run. Continue it with --resume, or use another --out.")
+        # what a run leaves that is killed before it writes run.json
+        left = {state / ".run.json.tmp"} | ({state} if state.is_dir() else set())
+        if {*out.glob("*"), *state.glob("*")} - left:
+            raise other
         return
-    finished, lost = _mark(out / "metrics.json") is not None, []
-    if mark is None and any((out / "state").glob("*.safetensors")):
-        lost = [out / "state" / "run.json"]
-    elif mark is None:
-        raise UserError(
-            f"there is nothing to resume in {str(out)!r}"
-            + (": that run is finished." if finished else ". Run without --resume.")
-        )
-    else:
-        changed = sorted(name for name in key if mark.get(name) != key[name])
-        if changed:
-            raise UserError(
-                f"the run in {str(out)!r} has another {', '.join(changed)}. Use the same options, or another --out."
-            )
-        lost = [p for name in mark.get("saved", ()) if not (p := out / "state" / f"{name}.safetensors").exists()]
+    if mark is None and not any(state.glob("*.safetensors")):
+        raise UserError(f"there is nothing to resume in {str(out)!r}. Run without --resume.")
+    lost = [state / "run.json"]
+    if mark is not None and isinstance(saved := mark.pop("saved", None), list):
+        check_key(f"the run in {str(out)!r}", mark, {"made by": MADE_BY, **key})
+        lost = [file for name in STATES if name in saved and not (file := state / f"{name}.safetensors").exists()]
     if lost:
         raise UserError(
             f"the state {str(lost[0])!r} is missing or damaged. Put it back, or start again with another --out."
         )
 
 
+def _begin(out: Path, resume: bool, console: Any) -> None:
+    """Keep the results of an earlier run under another name."""
+    if _paths.mark(out / "metrics.json", MADE_BY) is None:
+        return
+    _clean(out / "state")  # a kill may have come before it
+    if resume:
+        raise UserError(f"there is nothing to resume in {str(out)!r}: that run is finished.")
+    kept = next(p for n in range(1, 10**6) if not (p := out.with_name(f"{out.name}.{n}")).exists())
+    out.rename(kept)
+    console.print(f"The earlier results are kept in {plain(kept)}.")
+
+
 def _clean(state: Path) -> None:
     """Remove the states of a finished run, and last the file that says whose they are."""
-    if _mark(state / "run.json") is None:
+    if _paths.mark(state / "run.json", MADE_BY) is None:
         return
     for file in (*state.glob("*.safetensors"), *state.glob(".*.tmp"), state / "run.json"):
         remove(file)
     with contextlib.suppress(OSError):  # somebody else's file in it stays
         state.rmdir()
-
-
-def _mark(path: Path) -> dict[str, Any] | None:
-    """What one of the demo's own JSON files says; None if it is missing or another program's."""
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) and facts.get("made by") == MADE_BY else None
 
 
 def load_base(classes: int) -> tuple[Any, Any]:
@@ -313,7 +278,7 @@ class _Demo:
 
     def _note(self, name: str) -> None:
         """Write down that a state exists: from now on it is a fault if it does not."""
-        mark = _mark(self.state / "run.json") or {}
+        mark = _paths.mark(self.state / "run.json", MADE_BY) or {}
         if name not in mark.get("saved", ()):
             mark["saved"] = [*mark.get("saved", ()), name]
             write(self.state / "run.json", json.dumps(mark, indent=1))
@@ -340,14 +305,15 @@ class _Demo:
         return noise.to(self.device), labels.to(self.device)
 
     def _sample(self, name: str, model: Any) -> Tensor:
-        path = self.state / f"samples-{name}.safetensors"
+        path, key = self.state / f"samples-{name}.safetensors", {**self.key, "run": name}
+        noise, labels = self._noise()
         if path.exists():
             tensors, meta = load_state(path)
-            kept = tensors.get("samples")
-            if meta.get("key") != {**self.key, "run": name} or kept is None or len(kept) != self.settings.samples:
-                raise UserError(f"the state {str(path)!r} belongs to a run with another set-up. Put back its own, or start again with another --out.")  # fmt: skip
+            check_key(f"the state {str(path)!r}", meta.get("key"), key)
+            kept = tensors.get("samples", noise[:0])
+            if (kept.shape, kept.dtype) != (noise.shape, noise.dtype):
+                raise UserError(f"the state {str(path)!r} does not fit this run: its samples are {kept.dtype} of shape {tuple(kept.shape)}. Delete its folder and start again.")  # fmt: skip
             return kept
-        noise, labels = self._noise()
         guidance = GUIDANCE if name == "guidance" else 1.0
         with self._progress() as bar:
             task = bar.add_task(f"sampling {name}", total=len(noise), info="")
@@ -356,7 +322,7 @@ class _Demo:
                 bar.advance(task, count)
                 self.stop.check()
 
-            made = sample(
+            made = sampling.sample(
                 model,
                 self.scheduler,
                 noise,
@@ -367,7 +333,7 @@ class _Demo:
                 batch=48,
                 progress=show,
             ).cpu()
-        save_state(path, {"samples": made}, {"key": {**self.key, "run": name}})
+        save_state(path, {"samples": made}, {"key": key})
         self._note(f"samples-{name}")
         return made
 
@@ -434,7 +400,7 @@ class _Demo:
         grids = {LABELS[name]: f"samples-{name}.png" for name in pictures}
         few = shown[:: max(1, len(shown) // 3)][:2].to(self.device)
         paths = {
-            LABELS[n]: trajectory(models[n], self.scheduler, noise[few], labels[few], steps=SAMPLING_STEPS)
+            LABELS[n]: sampling.trajectory(models[n], self.scheduler, noise[few], labels[few], steps=SAMPLING_STEPS)
             for n in ("base", "mse", "self-perceptual")
         }
         images["trajectory.png"] = report.trajectory_png(

@@ -6,6 +6,7 @@ A and B are folders of pictures or pipelines, of which samples are drawn. N stan
 import re
 import tempfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from perceptual_diffusion.cli import _paths, metrics, sample, samplers
+from perceptual_diffusion.cli import _paths, metrics, sample, samplers, sampling
 from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.files import write_folder
+from perceptual_diffusion.cli.held import disk_error, hold
 from perceptual_diffusion.cli.inception import Inception
 from perceptual_diffusion.cli.seeing import LEAST, THUMBNAIL, Seen, files, see
 from perceptual_diffusion.cli.training import Interrupted, Stop
@@ -84,13 +86,13 @@ def run(
                 f"--samples keeps the samples of one model, and {len(made) or 'none'} of A and B is one. Leave it out."
             )
         keep = _paths.path(keep, "--samples").resolve()
-        sample.check_out(keep, overwrite)
     network = _network(settings)
     paths = {key: files(_paths.path(name, key.upper())) for key, name in named.items() if key not in made}
     train = None if settings.train is None else files(_paths.path(settings.train, "--train"))
     facts: dict[str, Any] = {"network": _about(network), "settings": asdict(settings), "versions": samplers.versions()}
     try:
-        with Stop().listening() as stop, tempfile.TemporaryDirectory() as temporary:
+        held = nullcontext() if keep is None else hold(keep, lambda: sample.check_out(keep, overwrite))
+        with Stop().listening() as stop, held, tempfile.TemporaryDirectory() as temporary:
             small = train is not None
             sets = {key: see(network, key.upper(), found, stop, small=small) for key, found in paths.items()}
             table = None if train is None else see(network, "train", train, stop, small=True)
@@ -110,7 +112,7 @@ def run(
     except (Interrupted, KeyboardInterrupt):
         return None
     except OSError as error:
-        raise UserError(f"the samples cannot be written: {error.strerror or error}. Give another --samples.") from error
+        raise disk_error(error) from error
     for key in ("a", "b"):
         seen = sets[key]
         about = {"path": named[key], "n": len(seen.features), "sizes": list(seen.sizes), "broken": list(seen.broken)}
@@ -143,9 +145,7 @@ def _is_model(name: str) -> bool:
 
 
 def _network(settings: Settings) -> nn.Module:
-    from perceptual_diffusion.cli.demo import _device
-
-    device = _device(settings.device)
+    device = sampling.device(settings.device)
     if settings.network == "inception":
         return Inception(None if settings.weights is None else _paths.path(settings.weights, "--weights")).to(device)
     return metrics.Network(settings.resolution).to(device)

@@ -1,24 +1,25 @@
-"""Write files so that a reader never sees half of one, also after a kill or a full disk; keep a folder for one run. No pickle."""
+"""Write files so that a reader never sees half of one, also after a kill or a full disk; states of runs. No pickle."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perceptual_diffusion.adapters._accelerate import sync
+from perceptual_diffusion.cli import _paths
 from perceptual_diffusion.cli._errors import UserError
 
-LOCK = ".lock"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a weight."""
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     It lies in a folder of its own, which the next write of `path` removes if this one is killed: safetensors writes
     through a file whose name it makes up.
     """
-    _make(path.parent)
+    make(path.parent)
     draft = path.with_name(f".{path.name}.tmp")
     remove(draft)
     draft.mkdir()
@@ -68,11 +69,13 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             os.replace(old, path)
 
 
-def _make(folder: Path) -> None:
+def make(folder: Path) -> list[Path]:
+    """Make a folder and those that it is in, and give the new ones, the innermost first."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in made:
         sync(place.parent)
+    return made
 
 
 def remove(path: Path, ignore_errors: bool = False) -> None:
@@ -91,7 +94,8 @@ def _full_disk_is_an_os_error() -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:  # how safetensors says that a file could not be written
-        raise OSError(str(error)) from error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise (OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))) from error
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -101,7 +105,7 @@ def save_state(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = json.dumps(meta)
     with _replacing(path) as draft, _full_disk_is_an_os_error():
-        save_file(flat, draft, {"state": description, "digest": _digest(flat, description)})
+        save_file(flat, draft, {"state": description, "digest": digest(flat, description)})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -113,30 +117,85 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("no regular file")
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        digest = header.get("digest")
-        if digest != _digest(tensors, header["state"]) if digest else header.keys() != {"state"}:
+        told = header.get("digest")
+        if told != digest(tensors, header["state"]) if told else header.keys() != {"state"}:
             raise ValueError("it is damaged: its digest is another one")
         meta = json.loads(header["state"])
         if not isinstance(meta, dict):
             raise ValueError("its description is no object")
         return tensors, meta
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise UserError(
             f"the saved state {str(path)!r} cannot be read: {error}. Delete its folder and start again."
         ) from error
 
 
-def _digest(tensors: dict[str, Tensor], description: str) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256(description.encode())
+def digest(tensors: dict[str, Tensor], description: str = "") -> str:
+    """Give the SHA-256 of tensors, their names, dtypes, shapes and all their bytes, and of a description."""
+    found = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-        digest.update(content)
-    return digest.hexdigest()
+        found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
+        content: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        found.update(content)
+    return found.hexdigest()
+
+
+def check_key(what: str, theirs: Any, key: dict[str, Any]) -> None:
+    """Refuse what was saved by another run, or by a version that did not write down enough to tell.
+
+    Args:
+        what: what was saved, as the message begins.
+        theirs: the key that lies with it.
+        key: what this run depends on, by name.
+
+    Raises:
+        UserError: the keys differ; the message says in what.
+    """
+    if theirs == key:
+        return
+    theirs = theirs if isinstance(theirs, dict) else {}
+    if absent := sorted(key.keys() - theirs.keys()):
+        raise UserError(
+            f"{what} was saved by another version, which did not write down its {', '.join(absent)}: whether it is of this run cannot be told. Start again in another folder."
+        )
+    changed = ", ".join(sorted(name for name in key if theirs[name] != key[name])) or "set-up"
+    raise UserError(f"{what} is of a run with another {changed}. Use the same, or another folder.")
+
+
+def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Give the tensors of a state whose names begin with `name` and a dot, without that."""
+    return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+
+def optimizer_tensors(optimizer: Any) -> dict[str, Tensor]:
+    """Give the moments of an AdamW, as `load_optimizer` reads them."""
+    rows = optimizer.state_dict()["state"].items()
+    return {f"optimizer.{index}.{name}": value for index, values in rows for name, value in values.items()}
+
+
+def load_optimizer(optimizer: Any, tensors: dict[str, Tensor], parameters: Iterable[Tensor]) -> None:
+    """Give an AdamW of `parameters` its moments back; a weight that had no gradient has none.
+
+    Raises:
+        KeyError: a moment is missing.
+        ValueError: there is none, or one is of another shape than its weight.
+    """
+    layout, state = optimizer.state_dict(), dict[int, dict[str, Tensor]]()
+    for index, parameter in enumerate(parameters):
+        names = {name: f"optimizer.{index}.{name}" for name in MOMENTS}
+        if tensors.keys() & names.values():
+            state[index] = {name: tensors[full] for name, full in names.items()}
+            step, *moments = state[index].values()
+            if step.numel() != 1 or any(moment.shape != parameter.shape for moment in moments):
+                raise ValueError("a moment of the optimizer has another shape than its weight")
+    if not state:
+        raise ValueError("the optimizer has no moments")
+    optimizer.load_state_dict({**layout, "state": state})
 
 
 def claim(folder: Path, about: str) -> None:
@@ -146,59 +205,10 @@ def claim(folder: Path, about: str) -> None:
         UserError: the folder's run is of something else.
     """
     path = folder / "run.txt"
-    theirs = path.read_text("utf-8", errors="replace").strip() if path.exists() else None
+    theirs = _paths.text(path, errors="replace").strip() if path.exists() else None
     if theirs is None:
         write(path, about + "\n")
     elif theirs != about:
         raise UserError(
             f"the run in {str(folder)!r} is of {theirs}, and this run of {about}. Use the same, or another folder."
         )
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder while the block runs; the system lets go of it when the process ends, also by a kill.
-
-    Raises:
-        UserError: another run holds it.
-    """
-    _make(folder)
-    path = folder / LOCK
-    file = path.open("a")
-    while _locked(file, folder) and not _is(file, path):
-        file.close()  # of a run that has just ended, and removed it
-        file = path.open("a")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        file.close()
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing was written
-
-
-def _locked(file: IO[str], folder: Path) -> bool:
-    """Lock a file for this process alone: one that it forks, such as a reader of pictures, does not hold it."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise UserError(
-                f"another run is at work in {str(folder)!r}. Wait until it ends, or give another folder."
-            ) from error
-        print(f"The disk of {folder} has no locks ({error}): start no second run there.", file=sys.stderr)
-        return False
-    return True
-
-
-def _is(file: IO[str], path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

@@ -5,16 +5,18 @@ datasets), or in a .txt beside each picture; classes are subfolders. What cannot
 """
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from perceptual_diffusion.cli import _paths
 from perceptual_diffusion.cli._errors import UserError
-from perceptual_diffusion.cli._pictures import SUFFIXES, open_picture
+from perceptual_diffusion.cli._pictures import SUFFIXES, decode, open_picture, quiet  # noqa: F401  (for the examples)
 
 Wanted = Literal["nothing", "classes", "captions"]
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -23,9 +25,10 @@ HINT = "Add a metadata.jsonl with a line such as {\"file_name\": \"a.png\", \"te
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A picture, and its caption or its class if that was asked for."""
+    """A picture, the SHA-256 of its file, and its caption or its class if that was asked for."""
 
     path: Path
+    digest: str = ""
     text: str = ""
     label: int = 0
 
@@ -65,9 +68,9 @@ def read(root: Path, wanted: Wanted, *, progress: Callable[[], None] | None = No
         items, classes, left_out = _classed(root, paths)
     else:
         items = [Item(path=path) for path in paths]
-    broken = find_broken([item.path for item in items], progress)
+    digests, broken = _look([item.path for item in items], progress)
     left_out += [f"{path.relative_to(root)}: {why}" for path, why in broken.items()]
-    good = tuple(item for item in items if item.path not in broken)
+    good = tuple(replace(item, digest=digests[item.path]) for item in items if item.path not in broken)
     if not good:
         raise UserError(f"no picture in {str(root)!r} can be used; the first of {len(left_out)}: {left_out[0]}.")
     return Folder(items=good, classes=classes, left_out=tuple(left_out))
@@ -91,22 +94,27 @@ def pictures(root: Path) -> list[Path]:
 
 def find_broken(paths: list[Path], progress: Callable[[], None] | None = None) -> dict[Path, str]:
     """Decode every picture, and give those that are broken with the reason."""
+    return _look(paths, progress)[1]
 
-    def look(path: Path) -> tuple[Path, str]:
+
+def _look(paths: list[Path], progress: Callable[[], None] | None) -> tuple[dict[Path, str], dict[Path, str]]:
+    """Decode every picture: the digests of the good ones, and of the broken ones the reason."""
+
+    def look(path: Path) -> tuple[Path, str, str]:
         try:
-            open_picture(path)
+            decode(path)
+            with path.open("rb") as file:
+                return path, hashlib.file_digest(file, "sha256").hexdigest(), ""
         except OSError as error:
-            return path, str(error).replace(str(path), path.name) or type(error).__name__
-        return path, ""
+            return path, "", str(error).replace(str(path), path.name) or type(error).__name__
 
-    broken = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, why in pool.map(look, dict.fromkeys(paths)):
-            if why:
-                broken[path] = why
+    good, broken = dict[Path, str](), dict[Path, str]()
+    with quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for path, digest, why in pool.map(look, dict.fromkeys(paths)):
+            (broken if why else good)[path] = why or digest
             if progress is not None:
                 progress()
-    return broken
+    return good, broken
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -220,7 +228,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text("utf-8-sig")
+        return _paths.text(file, _paths.LARGEST_TABLE, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"{str(file)!r} cannot be read: {reason}. Save it again as UTF-8.") from error

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from perceptual_diffusion.cli import _paths
 from perceptual_diffusion.cli.files import write
 
 
@@ -56,11 +57,11 @@ class Log:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text("utf-8").splitlines() if path.exists() else []
+    return _paths.text(path, _paths.LARGEST_TABLE, errors="replace").splitlines() if path.exists() else []
 
 
 def _step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return None

@@ -11,6 +11,7 @@ from typing import Any
 from perceptual_diffusion.cli import _paths
 from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.files import write_folder
+from perceptual_diffusion.cli.held import hold
 from perceptual_diffusion.cli.samplers import Sampler, Settings
 from perceptual_diffusion.cli.training import Interrupted, Stop
 
@@ -48,7 +49,6 @@ def run(
         UserError: the model, a setting or `out` cannot be used.
     """
     out = _paths.path(out, "--out").resolve()
-    check_out(out, overwrite)
 
     def fill(folder: Path) -> None:
         if compare is None:
@@ -72,7 +72,7 @@ def run(
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     try:
-        with Stop().listening() as stop:
+        with Stop().listening() as stop, hold(out, lambda: check_out(out, overwrite)):
             write_folder(out, fill)
     except (Interrupted, KeyboardInterrupt):
         return False
@@ -100,15 +100,14 @@ def check_out(out: Path, overwrite: bool) -> None:
     ours = {RECORD, "grid.png", "compare.png", *NAMES, *(f"{name}/{RECORD}" for name in NAMES)}
     try:
         for name in ("", *(f"{name}/" for name in NAMES)):
-            if (out / name / RECORD).is_file():
-                record = json.loads(_paths.text(out / name / RECORD))
-                ours |= {f"{name}{row['file']}" for row in record.get("pictures", []) if record["made by"] == MADE_BY}
+            record = _paths.mark(out / name / RECORD, MADE_BY) or {}
+            ours |= {f"{name}{row['file']}" for row in record.get("pictures", [])}
         strange = sorted({str(path.relative_to(out)) for path in out.rglob("*")} - ours)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, KeyError, TypeError):
         strange = [RECORD]
-    if strange or not (out / RECORD).is_file():
+    if strange or _paths.mark(out / RECORD, MADE_BY) is None:
         raise UserError(
-            f"--out {str(out)!r} holds what this command did not make ({(strange or ['no ' + RECORD])[0]}). Give another folder."
+            f"--out {str(out)!r} holds what this command did not make ({(strange or [RECORD])[0]}). Give another folder."
         )
 
 

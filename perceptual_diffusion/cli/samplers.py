@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from perceptual_diffusion import __version__
-from perceptual_diffusion.cli import _paths, folders, pipelines
+from perceptual_diffusion.cli import _paths, folders, pipelines, sampling
 from perceptual_diffusion.cli._errors import UserError
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -207,9 +207,7 @@ def versions() -> dict[str, str]:
 
 def _load(name: str, settings: Settings) -> pipelines.Pipeline:
     """Load a pipeline onto the device."""
-    from perceptual_diffusion.cli.demo import _device
-
-    device, dtype = _device(settings.device), PRECISIONS[settings.precision]
+    device, dtype = sampling.device(settings.device), PRECISIONS[settings.precision]
     folder = _paths.path(name, "the model")
     try:
         with _quiet() if folder.is_dir() else nullcontext():  # a download shows its own bars

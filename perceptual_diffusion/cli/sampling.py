@@ -6,6 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceptual_diffusion.cli._errors import UserError
+
+
+def device(name: str) -> torch.device:
+    """Give the device of a name, tried out; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found).add(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--device is {name!r}, which cannot be used here: {str(error).splitlines()[0]}. Use cpu."
+        ) from error
+    return found
+
 
 @torch.no_grad()
 def sample(

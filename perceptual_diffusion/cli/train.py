@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from perceptual_diffusion.cli import _paths, folders, pipelines
 from perceptual_diffusion.cli import config as configs
-from perceptual_diffusion.cli import folders, pipelines
 from perceptual_diffusion.cli._errors import UserError, plain
 from perceptual_diffusion.cli.config import Config
-from perceptual_diffusion.cli.files import LOCK, hold, write, write_folder
+from perceptual_diffusion.cli.files import write, write_folder
+from perceptual_diffusion.cli.held import disk_error, hold
 from perceptual_diffusion.cli.plan import card, plan
 from perceptual_diffusion.cli.runlog import Log
 from perceptual_diffusion.cli.training import Interrupted, Stop
@@ -26,7 +27,7 @@ from perceptual_diffusion.cli.tuning import MADE_BY, Tuning
 SAMPLES = 8
 SAMPLING_STEPS = 25
 COLUMNS = 4
-EARLIEST = {LOCK, ".config.json.tmp"}
+EARLIEST = {".config.json.tmp"}
 """What a run leaves that is killed before it writes its config.json."""
 MEMORY = (
     "the memory is not enough. What helps, in [training]: a smaller `batch` with more `accumulate`, `gradient_checkpointing` = true, `precision` = \"bf16\", "
@@ -54,8 +55,6 @@ def run(path: Path, *, resume: bool = False, dry_run: bool = False) -> bool:
     try:
         with Stop().listening() as stop, warnings.catch_warnings(), contextlib.ExitStack() as stack:
             if not dry_run:
-                _check_out(out, Path(config.data), resume)
-                accelerator.wait_for_everyone()
                 _hold(out, Path(config.data), resume, accelerator, stack)
             warnings.simplefilter("ignore")  # of the model and of its libraries
             if accelerator.num_processes > 1:  # a launcher passes Ctrl-C on as a second signal
@@ -75,27 +74,24 @@ def run(path: Path, *, resume: bool = False, dry_run: bool = False) -> bool:
             raise UserError(MEMORY) from error
         raise
     except OSError as error:
-        raise UserError(
-            f"a file could not be written or read: {error}. Mend that (free some space), then use --resume."
-        ) from error
+        raise disk_error(error, out / "config.json") from error
     finally:
         accelerator.end_training()
     return True
 
 
 def _hold(out: Path, data: Path, resume: bool, accelerator: Any, stack: contextlib.ExitStack) -> None:
-    """Keep other runs out of `out`; if there is one, every process of this run ends."""
-    refused: UserError | None = None
+    """Keep other runs out of `out`; where that is refused, every process of this run ends."""
+    from accelerate.utils import gather_object
+
+    refused = []
     if accelerator.is_main_process:
         try:
-            stack.enter_context(hold(out))
-            _check_out(out, data, resume)  # another run may have ended meanwhile
-        except UserError as error:
-            refused = error
-    if accelerator.gather(torch.tensor([float(refused is not None)], device=accelerator.device)).any():
-        raise refused or UserError(
-            f"another run is at work in {str(out)!r}. Wait until it ends, or give another folder."
-        )
+            stack.enter_context(hold(out, lambda: _check_out(out, data, resume)))
+        except (UserError, OSError) as error:
+            refused = [str(error)]
+    if told := gather_object(refused):
+        raise UserError(told[0])
 
 
 def _accelerator(config: Config) -> Any:
@@ -121,7 +117,7 @@ def _accelerator(config: Config) -> Any:
 
 def _check_out(out: Path, data: Path, resume: bool) -> None:
     """Refuse a folder that holds something else, or that lies among the data."""
-    state, mark = out / "state" / "latest.safetensors", _mark(out)
+    state, mark = out / "state" / "latest.safetensors", _paths.mark(out / "config.json", MADE_BY)
     if out.exists() and not out.is_dir():
         raise UserError(f"`out` is {str(out)!r}, which is a file. Give a folder.")
     if out.resolve().is_relative_to(data.resolve()):
@@ -129,7 +125,7 @@ def _check_out(out: Path, data: Path, resume: bool) -> None:
             f"`out` is {str(out)!r}, which lies in `data`: samples would be trained on. Give another folder."
         )
     if resume and not state.exists():
-        if not mark:
+        if mark is None:
             raise UserError(f"there is nothing to resume in {str(out)!r}. Run without --resume.")
         if mark.get("saved") is not False:
             raise UserError(
@@ -139,15 +135,6 @@ def _check_out(out: Path, data: Path, resume: bool) -> None:
         hint = "Continue it with --resume, or give" if mark else "Give"
         held = "an earlier run" if mark else "other files"
         raise UserError(f"`out` is {str(out)!r}, which holds {held}. {hint} a new or an empty folder.")
-
-
-def _mark(out: Path) -> dict[str, Any]:
-    """What config.json in a run's folder says; empty if it is missing or another program's."""
-    try:
-        facts = json.loads((out / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) and facts.get("made by") == MADE_BY else {}
 
 
 class _Run:
@@ -179,7 +166,7 @@ class _Run:
         resumed = resume and self.state.exists()
         if resumed:
             tuning.load(self.state)
-            self.finished = _mark(self.out).get("finished")
+            self.finished = (_paths.mark(self.out / "config.json", MADE_BY) or {}).get("finished")
             if tuning.done >= training.steps and tuning.done == self.finished and (self.out / "model").exists():
                 raise UserError(
                     f"the run in {str(self.out)!r} is finished, at step {tuning.done}. To go on, raise `steps`."

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from perceptual_diffusion import SelfPerceptualObjective
 from perceptual_diffusion.cli import datasets
 from perceptual_diffusion.cli._errors import UserError
-from perceptual_diffusion.cli.files import load_state, save_state
+from perceptual_diffusion.cli.files import check_key, load_optimizer, load_state, optimizer_tensors, part, save_state
 
 Loss = Literal["self-perceptual", "mse"]
 
@@ -198,8 +198,7 @@ class FineTuning:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+        tensors |= optimizer_tensors(self.optimizer)
         tensors["rng.batches"] = self.generator.get_state()
         tensors["rng.draws"] = self.draws.get_state()
         t_prime = self.objective.rng_state()
@@ -215,27 +214,11 @@ class FineTuning:
 
     def _load(self, path: Path, key: dict[str, Any]) -> None:
         tensors, meta = load_state(path)
-        if meta.get("key") != key:
-            changed = {k for k in key if meta.get("key", {}).get(k) != key[k]}
-            raise UserError(
-                f"the state {str(path)!r} belongs to a run with another {', '.join(sorted(changed)) or 'set-up'}. Use the same options, or another --out."
-            )
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
+        check_key(f"the state {str(path)!r}", meta.get("key"), key)
         try:
-            self.model.load_state_dict(part("model"))
-            self.average.load_state_dict(part("average"))
-            layout = self.optimizer.state_dict()
-            layout["state"] = {}
-            for name, value in part("optimizer").items():
-                index, field = name.split(".", 1)
-                layout["state"].setdefault(int(index), {})[field] = value
-            self.optimizer.load_state_dict(layout)
-            for parameter in self.model.parameters():
-                if self.optimizer.state[parameter]["exp_avg"].shape != parameter.shape:
-                    raise ValueError("a moment of the optimizer has another shape than its weight")
+            self.model.load_state_dict(part(tensors, "model"))
+            self.average.load_state_dict(part(tensors, "average"))
+            load_optimizer(self.optimizer, tensors, self.model.parameters())
             self.generator.set_state(tensors["rng.batches"])
             self.draws.set_state(tensors["rng.draws"])
             if "rng.t_prime" in tensors or self.loss_name == "self-perceptual":
@@ -243,10 +226,10 @@ class FineTuning:
             torch.set_rng_state(tensors["rng.torch"])
             if self.device.type == "cuda":
                 torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-            self.done, self.history = int(meta["done"]), [dict(row) for row in meta["history"]]
-            if not 0 < self.done == len(self.history):
+            self.done, self.history = int(meta["done"]), [{k: float(v) for k, v in r.items()} for r in meta["history"]]
+            if not 0 < self.done == len(self.history) or len(set(map(tuple, self.history))) != 1:
                 raise ValueError("the count of steps and the history differ")
-        except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
+        except (KeyError, AttributeError, ArithmeticError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the state {str(path)!r} does not fit this run: {error}. Delete its folder and start again."
             ) from error

@@ -16,12 +16,22 @@ from perceptual_diffusion.cli._errors import UserError
 from perceptual_diffusion.cli.batches import Order, Pictures, collate, stream
 from perceptual_diffusion.cli.captions import Captions
 from perceptual_diffusion.cli.config import Config
-from perceptual_diffusion.cli.files import load_state, save_state
+from perceptual_diffusion.cli.files import (
+    check_key,
+    digest,
+    load_optimizer,
+    load_state,
+    optimizer_tensors,
+    part,
+    save_state,
+)
 from perceptual_diffusion.cli.folders import Folder
 from perceptual_diffusion.cli.pipelines import Batch, Pipeline
 from perceptual_diffusion.cli.student import wrap
 
 MADE_BY = "perceptual-diffusion train"
+TIMES = 16
+"""At so many times a schedule is told from another."""
 SKIPS = 20
 """After so many steps in a row without a finite gradient, a run in float16 is stopped."""
 
@@ -41,13 +51,13 @@ class Tuning:
         training, device = config.training, accelerator.device
         self.labels, self.side = loaded.labels(folder.classes), loaded.side(training.resolution)
         self.pictures = Pictures(folder.items, self.side, loaded.channels)
-        for part in (loaded.denoiser, loaded.vae, *loaded.encoders):
-            if part is not None:
-                part.to(device)
+        self.made_of = _digests(loaded)
+        for module in (loaded.denoiser, loaded.vae, *loaded.encoders):
+            if module is not None:
+                module.to(device)
         with torch.no_grad():
             texts = [item.text for item in folder.items]
             self.captions = Captions(loaded, texts, training.batch) if loaded.wanted == "captions" else None
-        self.base = _digest(loaded.denoiser)
         self.objective = wrap(config, loaded)
         self.monitor = Monitor(self.objective)
         self.names, self.trained = zip(
@@ -171,10 +181,15 @@ class Tuning:
         objective = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.config.objective).items()}
         data, root = hashlib.sha256(repr(self.folder.classes).encode()), Path(self.config.data)
         for item in self.folder.items:
-            data.update(repr((item.path.relative_to(root).as_posix(), item.text, item.label)).encode())
+            data.update(repr((item.path.relative_to(root).as_posix(), item.digest, item.text, item.label)).encode())
+        schedule = self.objective.schedule
+        scales = schedule(schedule.grid()[torch.linspace(0, len(schedule.grid()) - 1, TIMES).long()])
         return {
-            "model": self.base,  # the teacher's weights; a folder may be moved
+            **self.made_of,
             "data": data.hexdigest(),
+            "schedule": [f"{x:.4g}" for scale in scales for x in scale.tolist()],  # the same on all processors
+            "prediction": self.objective.prediction.name,
+            "times": repr(self.objective.t),
             **training,
             **objective,
             "processes": self.accelerator.num_processes,
@@ -195,8 +210,7 @@ class Tuning:
         if self.accelerator.is_main_process:
             tensors = {f"model.{name}": value for name, value in zip(self.names, self.trained, strict=True)}
             tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-            for index, values in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+            tensors |= optimizer_tensors(self.optimizer)
             scaler, monitor = self.accelerator.scaler, self.monitor
             if monitor._sums is not None:  # what the next row of the log is a mean of
                 tensors["monitor"] = monitor._sums
@@ -214,32 +228,24 @@ class Tuning:
             UserError: it is damaged, or another run's.
         """
         tensors, meta = load_state(path)
-        key, theirs = self.key(), meta.get("key")
-        if theirs != key:
-            changed = sorted(k for k in key if not isinstance(theirs, dict) or theirs.get(k) != key[k])
-            raise UserError(f"the state {str(path)!r} is of a run with another {', '.join(changed) or 'set-up'}. Use the same, or another `out`.")  # fmt: skip
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
+        check_key(f"the state {str(path)!r}", meta.get("key"), self.key())
         try:
-            weights, moments = part("model"), self.optimizer.state_dict()
+            weights = part(tensors, "model")
             self._set([_like(weights[n], p) for n, p in zip(self.names, self.trained, strict=True)])
-            self.average.load_state_dict(part("average"))
-            moments["state"] = {}
-            for name, value in part("optimizer").items():
-                index, field = name.split(".", 1)
-                if field != "step":
-                    _like(value, self.trained[int(index)])
-                moments["state"].setdefault(int(index), {})[field] = value
-            self.optimizer.load_state_dict(moments)
+            self.average.load_state_dict(part(tensors, "average"))
+            load_optimizer(self.optimizer, tensors, self.trained)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(meta["scaler"])
             self._set_streams(tensors["streams"][self.accelerator.process_index])
             if self.accelerator.is_main_process:  # the log is its own
-                self.monitor._names, self.monitor._sums = tuple(meta.get("monitor", ())), tensors.get("monitor")
+                monitor, sums = self.monitor, tensors.get("monitor")
+                monitor._names, monitor._sums = tuple(meta.get("monitor", ())), sums
+                if sums is not None and sums.shape != (monitor.bands, 1 + len(monitor._names)):
+                    raise ValueError("its sums for the log have another shape")
             self.done = int(meta["done"])
-        except (KeyError, AttributeError, IndexError, TypeError, RuntimeError, ValueError) as error:
+            if self.done < 1:
+                raise ValueError("it is of no step")
+        except (KeyError, AttributeError, ArithmeticError, IndexError, TypeError, RuntimeError, ValueError) as error:
             raise UserError(f"the state {str(path)!r} does not fit this run: {error}. Start again with another `out`.") from error  # fmt: skip
 
     def _set_streams(self, states: Tensor) -> None:
@@ -259,13 +265,17 @@ class Tuning:
             torch.cuda.set_rng_state(rest[0].clone(), device)
 
 
-def _digest(model: nn.Module) -> str:
-    """Tell models apart by some thousand values of each weight."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        some = value.detach().flatten()[:: max(1, value.numel() // 1024)].float().cpu()
-        digest.update(f"{name} {tuple(value.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
+def _digests(loaded: Pipeline) -> dict[str, str]:
+    """Digests of what is trained, which the teacher is made of, and of what makes its inputs; a folder may be moved."""
+    vae, encoders = loaded.vae, {str(n): part for n, part in enumerate(loaded.encoders)}
+    parts = loaded.pipeline.components.items()
+    words = [sorted(part.get_vocab().items()) for name, part in parts if name.startswith("tokenizer") and part]
+    scale = vae and (vae.config.scaling_factor, vae.config.get("shift_factor"))
+    return {
+        "model": digest(loaded.denoiser.state_dict()),
+        "vae": digest(vae.state_dict() if vae else {}, repr(scale)),
+        "text encoders": digest(nn.ModuleDict(encoders).state_dict(), repr(words)),
+    }
 
 
 def _next(batches: Iterator[Batch]) -> Batch:
