@@ -335,7 +335,7 @@ def test_rows_of_another_base_or_another_n_are_other_lines_and_not_in_the_verdic
     others = rows_of({"recommended": (9.0, 9.0)}, n=10) + rows_of({"recommended": (7.0, 7.0)}, base_steps=10)
     rows = [*others, *new, *(row | {"table": "7"} for row in new)]
     assert render.table(rows, "1").count("\n") == 1 + 4
-    assert "| 0.500 | 0.500 – 0.500 |" in render.verdict(rows)
+    assert "| FD-X | 2 | 0.500 | 0.500 – 0.500 |" in render.verdict(rows)
     with pytest.raises(ValueError, match="several rows of seed 0"):
         render.verdict([*rows, *rows_of({"recommended": (5.0,)}, distance="other")])
 
@@ -343,12 +343,15 @@ def test_rows_of_another_base_or_another_n_are_other_lines_and_not_in_the_verdic
 def test_the_interval_of_a_ratio_is_students():
     rows = [a_row(loss="new", metric="FD", seed=s, value=v) for s, v in enumerate((1.0, 2.0, 4.0))]
     rows += [a_row(loss="old", metric="FD", seed=s, value=v) for s, v in enumerate((2.0, 4.0, 4.0))]
-    middle, low, high = render.ratio(rows, {"loss": "new"}, {"loss": "old"}, "FD")
+    middle, low, high, seeds = render.ratio(rows, {"loss": "new"}, {"loss": "old"}, "FD")
     logs = [math.log(0.5), math.log(0.5), 0.0]
     mean = sum(logs) / 3
     half = 4.30265 * math.sqrt(sum((x - mean) ** 2 for x in logs) / 2 / 3)
+    assert seeds == 3
     assert (middle, low, high) == pytest.approx((math.exp(mean), math.exp(mean - half), math.exp(mean + half)))
     assert render.ratio(rows[:1] + rows[3:], {"loss": "new"}, {"loss": "old"}, "FD") is None
+    rows[0]["value"] = -0.1  # as KID may be
+    assert render.ratio(rows, {"loss": "new"}, {"loss": "old"}, "FD") is None
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results():

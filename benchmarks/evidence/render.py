@@ -22,6 +22,7 @@ BATCH, FORWARD, SAMPLES = 64, 1 / 3, 10_000
 H100 = 0.4 * 989.4e12
 """FLOPs a second: four tenths of the dense bfloat16 peak that NVIDIA's data sheet gives for the SXM module."""
 OF = tuple(name for name in _rows.KEY if name not in ("table", "seed", "metric"))
+JUDGED = ("FD", "KID", "precision", "recall")
 ORDER = ("FD", "KID", "precision", "recall", "CS", "class", "nearest")
 
 
@@ -53,7 +54,7 @@ def table(rows: Sequence[Row], number: str) -> str:
     return "\n".join(lines)
 
 
-def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, float, float] | None:
+def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, float, float, int] | None:
     """The ratio of a metric of two kinds of rows, seed by seed: geometric mean, and the 95 % interval of Student's t.
 
     Args:
@@ -63,7 +64,7 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
         metric: the metric.
 
     Returns:
-        mean, low and high; None for fewer than two seeds in common.
+        mean, low, high, and how many seeds; None for fewer than two seeds in common, or a value that is not positive, as KID may be.
 
     Raises:
         ValueError: there are several rows of one seed, so that the kind is not told by its columns.
@@ -78,26 +79,28 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
         return found
 
     one, other = by_seed(of), by_seed(to)
-    logs = [math.log(one[seed] / other[seed]) for seed in sorted(one.keys() & other.keys())]
-    if len(logs) < 2:
+    seeds = sorted(one.keys() & other.keys())
+    if len(seeds) < 2 or min(of[seed] for of in (one, other) for seed in seeds) <= 0:
         return None
+    logs = [math.log(one[seed] / other[seed]) for seed in seeds]
     half = stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
     middle = statistics.mean(logs)
-    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs)
 
 
 def verdict(rows: Sequence[Row]) -> str:
     """The recommended recipe against MSE at the same training compute, 25 passes, no guidance; of each base as it was trained longest."""
-    lines = ["| base | metric | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- |"]
+    lines = ["| base | metric | seeds | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- | --- |"]
     rows = [row for row in rows if row["table"] not in ("error", "search")]
     for base in sorted({row["base"] for row in rows}):
         mine = [row for row in rows if row["base"] == base]
         way = {"guidance": "none", "nfe": 25, "base_steps": max(row["base_steps"] for row in mine)}
         way["n"] = max(row["n"] for row in mine if row["base_steps"] == way["base_steps"])
-        for metric in sorted({row["metric"] for row in mine if row["metric"].startswith("FD")}):
+        found_in = {row["metric"] for row in mine if row["metric"].startswith(JUDGED)}
+        for metric in sorted(found_in, key=lambda name: (ORDER.index(name.split("-")[0]), name)):
             found = ratio(mine, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
             if found:
-                lines.append(f"| {base} | {metric} | {found[0]:.3f} | {found[1]:.3f} – {found[2]:.3f} |")
+                lines.append(f"| {base} | {metric} | {found[3]} | {found[0]:.3f} | {found[1]:.3f} – {found[2]:.3f} |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
