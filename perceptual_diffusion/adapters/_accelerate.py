@@ -63,7 +63,8 @@ class Checkpoints:
         """Save the run as it is after `step` steps. Every process calls this; the files are on a disk that all of them see.
 
         Raises:
-            OSError: a file could not be written; the checkpoint before is as it was.
+            OSError: a file could not be written, by this process or another one; the checkpoint before is as it was. Or an older
+                checkpoint could not be deleted; then the new one is whole.
         """
         place = self.folder / _name(step)
         draft, old = (place.with_name(f".{place.name}.{kind}") for kind in ("tmp", "old"))
