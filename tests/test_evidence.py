@@ -194,6 +194,10 @@ def test_the_learning_rate_of_a_base_rises_stays_and_falls_to_a_tenth():
     assert [round(base.factor(step), 4) for step in (0, 249, 499, 6000, 8000, 9999, 20_000)] == [
         0.002, 0.5, 1, 1, 0.55, 0.1002, 0.1
     ]  # fmt: skip
+    twice = replace(base, steps=20_000, rounds=2)
+    assert [round(twice.factor(step), 4) for step in (0, 9999, 10_000, 16_000, 18_000, 19_999, 40_000)] == [
+        0.002, 0.1002, 1, 1, 0.55, 0.1002, 0.1
+    ]  # fmt: skip
 
 
 def test_an_unconditional_base_never_sees_a_class():

@@ -38,6 +38,7 @@ class Base:
         scheduler: makes its scheduler, which gives the schedule and the prediction, and samples.
         drop: for what share of the samples the class is left out; 1 makes it unconditional.
         steps: training steps.
+        rounds: how many times the learning rate goes from its height to its end in them.
         batch: samples in one of them.
         lr: learning rate.
         decay: decay of the averaged weights.
@@ -52,6 +53,7 @@ class Base:
     scheduler: Callable[[], Any]
     drop: float = 0.1
     steps: int = 20000
+    rounds: int = 1
     batch: int = 64
     lr: float = 1e-3
     decay: float = 0.9995
@@ -97,8 +99,10 @@ class Base:
         return int(load_state(path)[1]["step"]) if path.exists() else 0
 
     def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by: it rises over 500 steps, and falls to a tenth over the last 40 %."""
-        return min(1.0, (step + 1) / 500, max(0.1, 1 - 0.9 * (step / self.steps - 0.6) / 0.4))
+        """What the learning rate is multiplied by: it rises over the first 500 steps, and falls to a tenth over the last 40 % of each round."""
+        length = self.steps // self.rounds
+        place = step / length - min(step // length, self.rounds - 1)
+        return min(1.0, (step + 1) / 500, max(0.1, 1 - 0.9 * (place - 0.6) / 0.4))
 
     def classes(self, n: int) -> Tensor:
         """The classes to sample: in turn."""
@@ -198,7 +202,15 @@ BASES = {
     base.name: base
     for base in (
         Base(name="fashion-unet", dataset="fashion-mnist", make=unet, scheduler=ddim),
-        Base(name="fashion-unet-unconditional", dataset="fashion-mnist", make=unet, scheduler=ddim, drop=1.0),
+        Base(
+            name="fashion-unet-unconditional",
+            dataset="fashion-mnist",
+            make=unet,
+            scheduler=ddim,
+            drop=1.0,
+            steps=40_000,
+            rounds=2,
+        ),
         Base(name="fashion-dit-flow", dataset="fashion-mnist", make=dit, scheduler=flow),
         Packaged(
             name="emoji-unet",
