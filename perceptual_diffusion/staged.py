@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from perceptual_diffusion import taps
@@ -359,7 +359,9 @@ def _value_and_gradient(
     """
     features, true = _passes(teacher, samples, x_tt, t, cond, grad=True)
     value, scaled, scale = _of_features(features, true, batch_size(x_tt), distance, micro_batches)
-    outputs = [get_gradient_edge(leaf) for given in features for leaf in _all_leaves(given)]
+    outputs: list[Any] = [leaf for given in features for leaf in _all_leaves(given)]
+    if "ownership_token" in GradientEdge._fields:  # without it an edge does not keep a node of Python's (torch 2.6)
+        outputs = [get_gradient_edge(leaf) for leaf in outputs]
     del features, true  # nothing but what the backward needs lies beside it
     with _no_autocast(x_tt):
         try:

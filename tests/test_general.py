@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from models import STREAMS
 from research_models import (
     MODELS,
     Attention,
@@ -337,7 +338,7 @@ WRAPPERS = {
 
 @pytest.mark.filterwarnings("ignore")  # of the wrappers
 @pytest.mark.parametrize("build", [dit, sit])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [pytest.param(w, marks=STREAMS if w == "FSDP2" else ()) for w in WRAPPERS])
 def test_a_transformer_of_timm_has_its_middle_in_every_wrapper(group, wrapper, build):
     plain, x, y = build(depth=5), torch.randn(2, 4, 8, 8), torch.tensor([3, 10])
     t = torch.tensor([100, 900]) if build is dit else torch.tensor([0.1, 0.9])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from algorithm1 import freeze
-from models import TOLERANCE, TwoStreams, distance
+from models import STREAMS, TOLERANCE, TwoStreams, distance
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -865,6 +865,7 @@ def test_a_sharded_student_or_teacher_cannot_skip(group):
         objective(model, given["clean"], cond=given["cond"])
 
 
+@STREAMS
 def test_a_sharded_student_can_raise_and_its_gradient_is_right(group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import TOLERANCE, distance, unet
+from models import STREAMS, TOLERANCE, distance, unet
 from torch import nn
 
 from perceptual_diffusion import taps
@@ -63,6 +63,7 @@ def gathered(model):
     ]
 
 
+@STREAMS
 @pytest.mark.parametrize("layers", [["mid_block"], ["mid_block.resnets.0"], ["down_blocks.0", "mid_block"]])
 @pytest.mark.parametrize(
     "options", [{}, {"reshard_after_forward": True}, {"whole": True, "reshard_after_forward": True}]
@@ -75,6 +76,7 @@ def test_a_teacher_sharded_by_fsdp2_gives_the_gradient_and_is_sharded_again(mesh
     assert gathered(teacher.module) == []
 
 
+@STREAMS
 def test_left_early_a_sharded_teacher_would_stay_gathered(mesh):
     model = shard(unet().eval(), mesh, whole=True)
     teacher = ModuleTeacher(model, layers=["mid_block"], call=call, stop=True)
@@ -82,6 +84,7 @@ def test_left_early_a_sharded_teacher_would_stay_gathered(mesh):
     assert gathered(model) != []
 
 
+@STREAMS
 @pytest.mark.parametrize("when", ["before its first pass", "after it"])
 def test_a_copy_may_be_sharded(mesh, when):
     model = unet().eval()
@@ -149,6 +152,7 @@ def test_a_teacher_dispatched_by_accelerate_gives_the_gradient():
     assert is_right(teacher, model, ["mid_block"])
 
 
+@STREAMS
 @pytest.mark.parametrize("disk", [False, True], ids=["memory", "disk"])
 @pytest.mark.parametrize(
     "kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]

@@ -308,6 +308,31 @@ def graph(value):
     return [node.name() for node in nodes(value)]
 
 
+class Doubled(torch.autograd.Function):
+    """What a kernel of one's own is to autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_a_feature_that_a_function_of_python_gives_has_its_gradient():
+    _model, wrap, given = setting()
+    prediction = torch.randn(B, 3, 6, 5)
+
+    def teacher(x, t, cond):
+        return [Doubled.apply(torch.tanh(x))]
+
+    losses, gradient = gradients(wrap(teacher=teacher, micro_batch=2), given, prediction)
+    plain, expected = gradients(wrap(teacher=teacher, micro_batch=None), given, prediction)
+    torch.testing.assert_close(losses, plain)
+    assert apart(gradient, expected) < 1e-6
+
+
 def test_a_distance_without_a_gradient_is_refused():
     _model, wrap, given = setting(distance=lambda f, g: (f.detach() - g).square().flatten(1).mean(1))
     with pytest.raises(ValueError, match="`distance` gives no gradient"):
