@@ -163,8 +163,15 @@ class Case:
 
     def outputs(self):
         """Where the command may write: its output, and what stands for it while it is made."""
-        twins = [self.out.with_name(f".out.{end}") for end in ("tmp", "old", "lock")]
+        twins = [self.out.with_name(f".{self.out.name}.{end}") for end in ("tmp", "old", "lock")]
         return [self.out, *twins, self.root / "temporary"]
+
+    def expect(self, arguments):
+        """Take a new name in `--out=` for the output: it is where the user wants it."""
+        for name in (word.removeprefix("--out=") for word in arguments if word.startswith("--out=")):
+            place = self.root / "given" / name.partition("/")[0]
+            if not os.path.lexists(place):
+                self.out = place
 
     def look(self):
         """Everything outside of the outputs, with what would show that it was touched."""
@@ -482,6 +489,7 @@ def try_out(files, command):
                 case.put(name, content)
             else:
                 case.link(name, content)
+        case.expect(command)
         case.judge(command)
 
 
