@@ -242,6 +242,33 @@ def test_mix_computes_in_the_wider_dtype_whichever_has_it(narrow):
     torch.testing.assert_close(mixed, expected, rtol=1e-15, atol=1e-15)
 
 
+@pytest.mark.parametrize("wide", ["x_t", "model_output"])
+@pytest.mark.parametrize(("narrow", "wider"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_recover_and_convert_compute_in_the_wider_dtype_whichever_has_it(wide, narrow, wider):
+    given = {name: torch.randn(2, 3).to(wider if name == wide else narrow) for name in ("x_t", "model_output")}
+    both = {name: x.to(wider) for name, x in given.items()}
+    schedule, t = SCHEDULES["cosine"], torch.tensor([0.3, 0.8])
+    system = System.of(schedule, V_PREDICTION, t)
+    for found, expected in zip(recover(**given, system=system), recover(**both, system=system), strict=True):
+        assert found.dtype == wider
+        assert torch.equal(found, expected)
+    kinds = {"t": t, "schedule": schedule, "source": "v_prediction", "to": "epsilon"}
+    assert torch.equal(convert(**given, **kinds), convert(**both, **kinds))
+
+
+@pytest.mark.parametrize("row", [(1e39, 1.0), (1.0, 1e39)])
+@pytest.mark.parametrize("wide", ["x_t", "model_output"])
+def test_convert_refuses_a_row_that_is_beyond_the_dtype_it_computes_in(row, wide):
+    huge = Prediction(
+        name="huge", row=lambda schedule, t: tuple(torch.full_like(t, x, dtype=torch.float64) for x in row)
+    )
+    given = {"x_t": torch.ones(2, 3), "model_output": torch.ones(2, 3)}
+    kinds = {"t": torch.tensor([0.3, 0.8]), "schedule": SCHEDULES["cosine"], "source": "v_prediction", "to": huge}
+    with pytest.raises(ValueError, match="'huge' is infinite at one of the times"):
+        convert(**given, **kinds)
+    assert bool(convert(**given | {wide: given[wide].double()}, **kinds).isfinite().all())
+
+
 # Gradients
 
 
@@ -544,13 +571,14 @@ def test_a_prediction_can_be_pickled_and_is_equal_to_its_twin(prediction):
 def test_get_passes_a_prediction_through_and_refuses_anything_else():
     assert get(SCORE) is SCORE
     for value in (None, 3, lambda schedule, t: schedule(t)):
-        with pytest.raises(TypeError, match=r"`prediction` is an? "):
+        with pytest.raises(TypeError, match=f"`prediction` is a {type(value).__name__}, expected a name"):
             get(value)
 
 
 def test_every_name_is_of_a_prediction_of_that_name():
     assert set(parameterizations.NAMED) == {"epsilon", "sample", "v_prediction", "flow_prediction"}
     assert (edm().name, (-edm()).name, SCORE.name) == ("edm", "-edm", "score")
+    assert edm() == edm(0.5)  # of EDM's data
     assert all(prediction.name == name for name, prediction in parameterizations.NAMED.items())
 
 

@@ -335,6 +335,21 @@ def test_contributing_draws_from_the_density_that_its_weights_say(schedule, unif
 
 
 @every_kind
+def test_contributing_weighs_the_ends_of_a_schedule_as_the_bins_that_hold_them(schedule):
+    t = levels(schedule)[1:2]
+    ends, at = schedule.at(torch.tensor([0.0, 1.0], dtype=torch.float64)), middles(schedule)[[0, -1]]
+    weights = [Contributing().weight(schedule, t.expand(2), times) for times in (ends, at)]
+    torch.testing.assert_close(*weights)
+
+
+def test_contributing_draws_anywhere_within_a_bin_of_a_continuous_schedule():
+    n = 3000
+    drawn = draw(Contributing(), Linear(), n, torch.full((n,), 0.4))
+    places = (Linear().rank(drawn) * 1000 % 1).sort().values
+    assert float((places - torch.arange(n) / n).abs().max()) < 1.95 / math.sqrt(n)
+
+
+@every_kind
 @pytest.mark.parametrize("uniform", [0.02, 0.1, 1.0])
 def test_the_weights_lie_between_0_and_1_over_uniform_and_have_a_mean_of_1(schedule, uniform):
     sampler, n = Contributing(uniform=uniform), 1000
