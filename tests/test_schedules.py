@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perceptual_diffusion import schedules
 from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear, Schedule, precise
 
 SCHEDULES = {
@@ -683,6 +684,20 @@ def test_what_is_no_number_is_a_type_error_of_ours(make):
             "`low` is 0.5 and `high` 2, expected 0 <= low <= high <= 1 on Linear(shift=1, scale=1).",
         ),
         (lambda: EDM(p_mean=True), "`p_mean` is True, expected a number."),
+        (lambda: EDM(sigma_min="0.1"), "`sigma_min` is '0.1', expected a number."),
+        (lambda: Interpolant(math.cos, math.sin, high="1"), "`high` is '1', expected a number."),
+        (
+            lambda: TABLE.check("t", torch.tensor([3, 1000])),
+            "`t` holds 1000, expected times from 0 to 999. The unit of time of Discrete(1000 steps) runs from 0 to 999.",
+        ),
+        (
+            lambda: Linear().check("t", torch.zeros(2).to_sparse()),
+            "`t` is sparse, expected one number per sample. Pass `t.to_dense()`.",
+        ),
+        (
+            lambda: Linear().check("t", torch.zeros(2, device="meta"), 2, torch.device("cpu")),
+            "`t` is on meta, expected cpu, the device of the sample. Pass `t.to('cpu')`.",
+        ),
     ],
 )
 def test_a_refusal_says_what_is_wrong_and_what_to_do(make, sentence):
@@ -713,3 +728,31 @@ def test_derivatives_are_right_under_inference_mode():
         alpha, sigma = path.derivative(torch.tensor([0.5]))
     assert alpha.tolist() == [-1.0]
     assert sigma.tolist() == [1.0]
+
+
+def test_the_ranks_of_edm_are_those_of_its_distribution_and_whole_at_its_ends():
+    schedule = EDM(p_std=0.8)
+    low, high = (float(schedule.rank(torch.tensor([sigma], dtype=torch.float64))) for sigma in (0.1, 1.0))
+    assert 0 < low < high < 1
+    assert schedule.ranks(0.1, 1.0) == (low, high)
+    assert schedule.ranks(low=0.1) == (low, 1.0)
+    assert schedule.ranks(high=1.0) == (0.0, high)
+    assert schedule.ranks() == schedule.ranks(0.002, 80.0) == (0.0, 1.0)
+
+
+def test_a_table_is_kept_in_float64_whatever_it_is_given_in():
+    bar = torch.linspace(0.999, 0.001, 50, dtype=torch.float64)
+    for table in (bar.float(), bar.float().numpy(), bar.float().tolist()):
+        schedule = Discrete(table)
+        assert schedule.alpha_bar.dtype == torch.float64
+        assert torch.equal(schedule.alpha_bar, bar.float().double())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_scales_are_float32_on_a_device_without_float64(schedule, monkeypatch):
+    monkeypatch.setattr(schedules, "NO_FLOAT64", ("cpu",))
+    if isinstance(schedule, Discrete):
+        schedule = Discrete(schedule.alpha_bar)  # one that remembers no table
+    t = schedule.at(torch.tensor([0.3, 0.7]))
+    assert [scale.dtype for scale in schedule(t)] == [torch.float32] * 2
+    assert schedule.rank(t).dtype == torch.float32
