@@ -385,7 +385,16 @@ def test_the_price_is_the_plans_trainings_and_passes(monkeypatch):
 
 
 def test_the_figure_shows_each_recipe_against_mse_of_the_same_seed_n_and_base():
-    about = {"table": "1", "metric": "FD-X", "base": "b", "base_steps": 20, "nfe": 25, "guidance": "none", "n": 100}
+    about = {
+        "table": "1",
+        "metric": "FD-X",
+        "base": "b",
+        "base_steps": 20,
+        "nfe": 25,
+        "guidance": "none",
+        "n": 100,
+        "compute": 9,
+    }
     values = {
         ("mse-equal-compute", 0): 2.0,
         ("mse-equal-compute", 1): 4.0,
@@ -396,8 +405,12 @@ def test_the_figure_shows_each_recipe_against_mse_of_the_same_seed_n_and_base():
     rows = [a_row(**about | {"loss": loss, "seed": seed, "value": value}) for (loss, seed), value in values.items()]
     wrong = ({"n": 10}, {"base_steps": 10}, {"nfe": 50}, {"guidance": 3.0}, {"metric": "KID-X"}, {"base": "c"})
     others = [a_row(**about | {"loss": "sp", "value": 9.0} | other) for other in wrong]
+    longer = [a_row(**about | {"loss": loss, "seed": 1, "value": value, "compute": compute}) for loss, value, compute in (
+        (render.LONGER_MSE, 0.5, 36), ("longer", 0.25, 37), ("base", 8.0, 0)
+    )]  # fmt: skip
+    found = render.against_mse([*others, *rows, *longer])
+    assert found == {"b, N = 100": {"new": [0.25], "sp": [1.5, 0.5], "longer": [0.5], "base": [2.0]}}
     found = render.against_mse([*others, *rows])
-    assert found == {"b, N = 100": {"new": [0.25], "sp": [1.5, 0.5]}}
     axes = render.draw(found).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["sp", "new"]
     assert sorted(x for line in axes.lines[::2][:2] for x in line.get_xdata()) == [0.25, 0.5, 1.5]
@@ -419,6 +432,7 @@ def test_a_search_is_compared_with_training_pictures_only():
 
 def test_every_recipe_of_the_search_costs_what_the_recommended_one_does():
     assert {RECIPES[name].as_much_as for _, name, _ in TABLES["search"]} <= {None, "recommended"}
+    assert [RECIPES[name].as_much_as for _, name, _ in TABLES["length"]] == [TABLES["length"][1][1], None]
     assert all(RECIPES[name].as_much_as for _, name, _ in TABLES["search"] if name.startswith("search: "))
 
 

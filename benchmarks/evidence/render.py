@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _rows
-from _plan import SEEDS, STEPS, TABLES, UNET
+from _plan import LONGER_MSE, SEEDS, STEPS, TABLES, UNET
 from _rows import Row
 from matplotlib.figure import Figure
 from scipy import stats
@@ -23,6 +23,7 @@ H100 = 0.4 * 989.4e12
 """FLOPs a second: four tenths of the dense bfloat16 peak that NVIDIA's data sheet gives for the SXM module."""
 OF = tuple(name for name in _rows.KEY if name not in ("table", "seed", "metric"))
 JUDGED = ("FD", "KID", "precision", "recall")
+EQUAL = ("mse-equal-compute", LONGER_MSE)
 ORDER = ("FD", "KID", "precision", "recall", "CS", "class", "nearest")
 
 
@@ -91,7 +92,7 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 def verdict(rows: Sequence[Row]) -> str:
     """The recommended recipe against MSE at the same training compute, 25 passes, no guidance; of each base as it was trained longest."""
     lines = ["| base | metric | seeds | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- | --- |"]
-    rows = [row for row in rows if row["table"] not in ("error", "search")]
+    rows = [row for row in rows if row["table"] not in ("error", "search", "length")]
     for base in sorted({row["base"] for row in rows}):
         mine = [row for row in rows if row["base"] == base]
         way = {"guidance": "none", "nfe": 25, "base_steps": max(row["base_steps"] for row in mine)}
@@ -153,7 +154,7 @@ def fill(text: str, rows: Sequence[Row]) -> str:
 
 
 def against_mse(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
-    """Divide each recipe's Fréchet distance by that of MSE at equal compute, of the same seed, N and base; 25 passes, no guidance.
+    """Divide each recipe's Fréchet distance by that of MSE of the nearest compute, of the same seed, N and base; 25 passes, no guidance.
 
     Returns:
         for each base, for each recipe, a ratio per seed; bases and recipes that have none are left out.
@@ -163,15 +164,16 @@ def against_mse(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
         row for row in rows
         if row["metric"].startswith("FD") and row["table"] != "error" and (row["guidance"], row["nfe"]) == ("none", 25)
     ]  # fmt: skip
-    of = {tuple(row[k] for k in ("base", "base_steps", "seed", "n", "loss")): row["value"] for row in plain}
+    of = {tuple(row[k] for k in ("base", "base_steps", "seed", "n", "loss")): row for row in plain}
     for base in sorted({row["base"] for row in plain}):
         for n in sorted({row["n"] for row in plain if row["base"] == base}):
             steps = max(row["base_steps"] for row in plain if row["base"] == base)
             mine: dict[str, list[float]] = {}
-            for (name, trained, seed, count, loss), value in sorted(of.items(), key=str):
-                mse = of.get((base, steps, seed, n, "mse-equal-compute"))
-                if (name, trained, count) == (base, steps, n) and mse and loss != "mse-equal-compute":
-                    mine.setdefault(loss, []).append(value / mse)
+            for (name, trained, seed, count, loss), row in sorted(of.items(), key=str):
+                mses = [of[key] for mse in EQUAL if (key := (base, steps, seed, n, mse)) in of]
+                if (name, trained, count) == (base, steps, n) and mses and loss not in EQUAL:
+                    nearest = min(mses, key=lambda mse, row=row: abs(mse["compute"] - row["compute"]))
+                    mine.setdefault(loss, []).append(row["value"] / nearest["value"])
             if mine:
                 found[f"{base}, N = {n:,}"] = mine
     return found

@@ -260,7 +260,10 @@ def main() -> None:
     parser.add_argument("name", help=f"a base ({', '.join(BASES)}), or a table ({', '.join(TABLES)})")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
-        "--seed", type=int, action="append", help=f"may be repeated; default: {SEEDS}, of the search {SEARCH_SEEDS}"
+        "--seed",
+        type=int,
+        action="append",
+        help=f"may be repeated; default: {SEEDS}, of the search and of longer training {SEARCH_SEEDS}",
     )
     parser.add_argument("--only", action="append", help="only this recipe; may be repeated")
     parser.add_argument("--ways", type=int, help="only so many of the table's ways to sample; default: all")
@@ -283,7 +286,7 @@ def main() -> None:
                 for seed in options.seed or SEEDS:
                     make_references(BASES[options.name], seed, options.device)
             else:
-                for seed in options.seed or (SEARCH_SEEDS if options.name == "search" else SEEDS):
+                for seed in options.seed or (SEARCH_SEEDS if options.name in ("search", "length") else SEEDS):
                     for base, name, ways in TABLES[options.name]:
                         for how in ways[: options.ways] if not options.only or name in options.only else ():
                             n = options.n or min(how.n or BASES[base].n, BASES[base].n)
