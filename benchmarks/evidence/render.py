@@ -183,7 +183,7 @@ def draw(found: dict[str, dict[str, list[float]]]) -> Figure:
     """Draw a panel per base: recipes from the best to the worst, a dot per seed, left of the line better than MSE."""
     heights = [0.9 + 0.24 * len(recipes) for recipes in found.values()]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    panels = figure.subplots(len(found), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axes, (base, recipes) in zip(panels, found.items(), strict=True):
         names = sorted(recipes, key=lambda name: -statistics.mean(map(math.log, recipes[name])))
         for place, name in enumerate(names):
@@ -191,12 +191,16 @@ def draw(found: dict[str, dict[str, list[float]]]) -> Figure:
             axes.plot(statistics.geometric_mean(recipes[name]), place, "|", color="C0", ms=12, mew=2)
         axes.axvline(1, color="0.6", linewidth=1)
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_yticks(range(len(names)), names)
         axes.set_title(base, fontsize=10, loc="left")
-        axes.grid(axis="x", which="both", color="0.92")
+        axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
+    low, high = panels[-1].get_xlim()
+    marks = [
+        mark for mark in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 4, 6, 10) if low <= mark <= high
+    ]
+    panels[-1].set_xticks(marks, [f"{mark:g}" for mark in marks])
+    panels[-1].set_xticks([], minor=True)
     panels[-1].set_xlabel("Fréchet distance over that of MSE at equal compute, same seed")
     return figure
 
