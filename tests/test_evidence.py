@@ -27,6 +27,7 @@ from _bases import BASES  # noqa: E402
 from _plan import RECIPES, TABLES, Sampling  # noqa: E402
 
 from perceptual_diffusion.cli._errors import UserError  # noqa: E402
+from perceptual_diffusion.cli.files import load_state  # noqa: E402
 
 UNET, DIT = (replace(BASES[name], dataset="digits", batch=4) for name in ("fashion-unet", "fashion-dit-flow"))
 
@@ -238,6 +239,33 @@ def test_a_base_is_trained_measured_and_gone_on_with(small, capsys):
     (run.RUNS / f"{small.name}.safetensors").unlink()
     with pytest.raises(UserError, match="has been trained for 4 steps"):
         run.train_base(small, "cpu", stop, 2, n=24)
+
+
+def test_a_base_whose_state_is_lost_goes_on_from_its_weights(small, monkeypatch, capsys):
+    stop, state = run.Budget(1e6), run.RUNS / f"{small.name}.safetensors"
+    run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    state.unlink()
+    rates, draws, starts = [], [], []
+    tuning = run.tuning
+
+    def seen(*args, factor=None, **how):
+        made = tuning(*args, factor=lambda step: rates.append(step) or factor(step), **how)
+        draws.append(args[3])
+        starts.append({k: v.clone() for k, v in args[1].state_dict().items()})
+        return made
+
+    monkeypatch.setattr(run, "tuning", seen)
+    held = small.read().state_dict()
+    run.train_base(replace(small, steps=4), "cpu", stop, 2, n=24, restart=True)
+    run.train_base(replace(small, steps=6), "cpu", stop, 2, n=24, restart=True)  # its state is here: no second restart
+    log = json.loads((_bases.FOLDER / f"{small.name}.json").read_text())
+    assert log["restarts"] == [2]
+    assert [row["step"] for row in log["log"]] == [2, 4, 6]
+    assert log["steps"] == small.trained == 6
+    assert draws == [2, 2], "the draws of a restart are not those of the first steps again"
+    assert all(torch.equal(v, held[k]) for k, v in starts[0].items())
+    assert rates == [0, 1, 2, 3], "the steps of the restart, once each"
+    assert load_state(state)[1]["done"] == 4
 
 
 def test_a_table_is_made_once(small, monkeypatch, capsys):

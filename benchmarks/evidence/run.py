@@ -1,6 +1,6 @@
 """Does the objective help? Train bases, fine-tune them by recipes, sample, measure.
 
-    python benchmarks/evidence/run.py base fashion-unet        # train a base; resumable
+    python benchmarks/evidence/run.py base fashion-unet        # train a base; resumable, on a new machine with --restart
     python benchmarks/evidence/run.py table 1                  # make what the paper's table 1 needs, seeds 0 to 2; resumable
     python benchmarks/evidence/run.py error fashion-unet       # what real pictures get, by chance
 
@@ -91,8 +91,17 @@ def tuning(
     )  # fmt: skip
 
 
-def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000) -> None:
+def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000, restart: bool = False) -> None:
     """Train a base from scratch; every so many steps `n` of its samples are measured, and its weights written.
+
+    Args:
+        base: the base.
+        device: where.
+        stop: asked between steps.
+        every: steps between two measurements.
+        n: how many samples are measured.
+        restart: where the state is not here, go on from the averaged weights that the repository holds, with a new optimizer, and other
+            draws; the learning rate rises over 500 steps to where it was. The log says so in "restarts".
 
     Raises:
         UserError: the repository holds weights, and what it takes to go on from them is not here.
@@ -100,22 +109,31 @@ def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000)
     if isinstance(base, _bases.Packaged):
         raise UserError(f"{base.name!r} is the base of the package. Train it by `examples/train_base.py`.")
     state, log = RUNS / f"{base.name}.safetensors", FOLDER / f"{base.name}.json"
-    if base.trained and not state.exists():
-        raise UserError(
-            f"{base.name!r} has been trained for {base.trained} steps, and its state {str(state)!r} is not here. "
-            f"Bring it, or delete {str(FOLDER / base.name)!r}.* to train it anew."
-        )
-    recipe = Recipe(loss="mse", lr=base.lr)
-    run = tuning(base, base.build(), recipe, 0, device, decay=base.decay, factor=base.factor, clip=1.0)
-    key = {"base": base.name, "batch": base.batch, "lr": base.lr, "decay": base.decay, "drop": base.drop}
     about = json.loads(log.read_text()) if log.exists() else {"log": []}
-    done = load_state(state)[1]["done"] if state.exists() else 0
+    if base.trained and not state.exists():
+        if not restart or base.trained >= base.steps:
+            raise UserError(
+                f"{base.name!r} has been trained for {base.trained} steps, and its state {str(state)!r} is not here. "
+                f"Bring it, pass --restart to go on from the weights, or delete {str(FOLDER / base.name)!r}.* to train it anew."
+            )
+        about.setdefault("restarts", []).append(base.trained)
+        write(log, json.dumps(about, indent=1) + "\n")
+    start = about.get("restarts", [0])[-1]
+    recipe, model = Recipe(loss="mse", lr=base.lr), base.read() if start else base.build()
+
+    def factor(step: int) -> float:
+        return min(base.factor(start + step), (step + 1) / 500)
+
+    run = tuning(base, model, recipe, start, device, decay=base.decay, factor=factor, clip=1.0)
+    key = {"base": base.name, "batch": base.batch, "lr": base.lr, "decay": base.decay, "drop": base.drop}
+    of = key | ({"start": start} if start else {})
+    done = start + (load_state(state)[1]["done"] if state.exists() else 0)
     measured = {row["step"] for row in about["log"]}
-    flops, progress = run.count_flops(), _progress(base.steps, base.name)
+    flops, progress = run.count_flops(), _progress(base.steps - start, base.name)
     for step in range(every, base.steps + 1, every):
         if step < done or step in measured:
             continue
-        model = run.run(step, state=state, stop=stop, key=key, every=250, progress=progress)
+        model = run.run(step - start, state=state, stop=stop, key=of, every=250, progress=progress)
         found = base.measure(*draw(base, model, Sampling(), seed=0, n=n, device=device), device)
         weights = {k: v.half() for k, v in model.state_dict().items()}
         save_state(FOLDER / f"{base.name}.safetensors", weights, {"base": base.name, "step": step})
@@ -269,6 +287,9 @@ def main() -> None:
     parser.add_argument("--ways", type=int, help="only so many of the table's ways to sample; default: all")
     parser.add_argument("--n", type=int, help="samples; default: as the plan and the base say")
     parser.add_argument("--every", type=int, default=1000, help="of a base: steps between two measurements")
+    parser.add_argument(
+        "--restart", action="store_true", help="of a base: go on from its weights where its state is not"
+    )
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after this time, to be gone on with later")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -281,7 +302,7 @@ def main() -> None:
     try:
         with stop.listening():
             if options.what == "base":
-                train_base(BASES[options.name], options.device, stop, options.every)
+                train_base(BASES[options.name], options.device, stop, options.every, restart=options.restart)
             elif options.what == "error":
                 for seed in options.seed or SEEDS:
                     make_references(BASES[options.name], seed, options.device)
