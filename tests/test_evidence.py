@@ -24,7 +24,7 @@ import _sampling  # noqa: E402
 import render  # noqa: E402
 import run  # noqa: E402
 from _bases import BASES  # noqa: E402
-from _plan import RECIPES, TABLES, Sampling  # noqa: E402
+from _plan import RECIPES, SEARCHED, TABLES, Sampling  # noqa: E402
 
 from perceptual_diffusion.cli._errors import UserError  # noqa: E402
 from perceptual_diffusion.cli.files import load_state  # noqa: E402
@@ -454,7 +454,10 @@ def test_a_search_is_compared_with_training_pictures_only():
     assert {image.numpy().tobytes() for image in search.real.images} <= known
     assert torch.equal(search.train.images, whole.train.images)
     assert not torch.equal(whole.real.images, search.real.images[: len(whole.real)])
-    assert all(_data.SEARCH in BASES[base].dataset for base, _, _ in TABLES["search"])
+    assert all(_data.SEARCH in BASES[base].dataset for table in SEARCHED for base, _, _ in TABLES[table])
+    assert {base for table in SEARCHED for base, _, _ in TABLES[table]}.isdisjoint(
+        base for table in TABLES.keys() - set(SEARCHED) for base, _, _ in TABLES[table]
+    )
     assert not any(_data.SEARCH in BASES[base].dataset for name in "12345678" for base, _, _ in TABLES[name])
 
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 STEPS, LR = 1000, 1e-4
 SEEDS = (0, 1, 2)
 SEARCH_SEEDS = (100,)
+SEARCHED = ("search", "length")
+"""The tables of those seeds, which are compared with training pictures."""
 FEW = 2000
 """Samples where the whole number would take too long on a CPU; compare rows of the same number only."""
 SCALES = (1.25, 1.5, 2.0, 3.0)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _rows
-from _plan import LONGER_MSE, SEEDS, STEPS, TABLES, UNET
+from _plan import LONGER_MSE, SEARCHED, SEEDS, STEPS, TABLES, UNET
 from _rows import Row
 from matplotlib.figure import Figure
 from scipy import stats
@@ -92,7 +92,7 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 def verdict(rows: Sequence[Row]) -> str:
     """The recommended recipe against MSE at the same training compute, 25 passes, no guidance; of each base as it was trained longest."""
     lines = ["| base | metric | seeds | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- | --- |"]
-    rows = [row for row in rows if row["table"] not in ("error", "search", "length")]
+    rows = [row for row in rows if row["table"] not in ("error", *SEARCHED)]
     for base in sorted({row["base"] for row in rows}):
         mine = [row for row in rows if row["base"] == base]
         way = {"guidance": "none", "nfe": 25, "base_steps": max(row["base_steps"] for row in mine)}

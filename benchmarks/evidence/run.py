@@ -31,7 +31,7 @@ import _rows
 import _video
 import torch
 from _bases import FOLDER, Base
-from _plan import RECIPES, SEARCH_SEEDS, SEEDS, TABLES, Recipe, Sampling
+from _plan import RECIPES, SEARCH_SEEDS, SEARCHED, SEEDS, TABLES, Recipe, Sampling
 from _sampling import sample
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -307,7 +307,7 @@ def main() -> None:
                 for seed in options.seed or SEEDS:
                     make_references(BASES[options.name], seed, options.device)
             else:
-                for seed in options.seed or (SEARCH_SEEDS if options.name in ("search", "length") else SEEDS):
+                for seed in options.seed or (SEARCH_SEEDS if options.name in SEARCHED else SEEDS):
                     for base, name, ways in TABLES[options.name]:
                         for how in ways[: options.ways] if not options.only or name in options.only else ():
                             n = options.n or min(how.n or BASES[base].n, BASES[base].n)
