@@ -21,6 +21,7 @@ import _data  # noqa: E402
 import _measures  # noqa: E402
 import _rows  # noqa: E402
 import _sampling  # noqa: E402
+import pictures  # noqa: E402
 import render  # noqa: E402
 import run  # noqa: E402
 from _bases import BASES  # noqa: E402
@@ -266,6 +267,33 @@ def test_a_base_whose_state_is_lost_goes_on_from_its_weights(small, monkeypatch,
     assert all(torch.equal(v, held[k]) for k, v in starts[0].items())
     assert rates == [0, 1, 2, 3], "the steps of the restart, once each"
     assert load_state(state)[1]["done"] == 4
+
+
+def test_samples_of_every_seed_and_way_are_kept_and_shown_from_equal_noise(small, monkeypatch, capsys):
+    run.train_base(replace(small, steps=2), "cpu", run.Budget(1e6), 2, n=24)
+    with pytest.raises(FileNotFoundError, match=r"^no samples of 'fashion-unet', seed 0\. Make them by run\.py"):
+        pictures.find(small, 0)
+    ways = (
+        Sampling(steps=2),
+        Sampling(steps=3),
+        Sampling(steps=2, guidance=3.0),
+        Sampling(steps=2, guidance=3.0, rescale=0.7),
+    )
+    for seed in (0, 1):
+        for how in ways:
+            run.make_rows("1", small, "base", how, seed, 24, "cpu", run.Budget(1e6))
+    assert len(list(run.RUNS.glob("*.png"))) == 8
+    monkeypatch.setattr(
+        pictures, "WAYS", {"two": ("base", ways[0]), "guided": ("base", ways[2]), "none": ("sp", ways[0])}
+    )
+    found = pictures.find(small, 1)
+    assert list(found) == ["two", "guided"]
+    figure = pictures.draw(found, 32)
+    assert [axes.get_title("left") for axes in figure.axes] == ["two", "guided"]
+    made, _ = run.draw(small, small.read().eval(), ways[2], seed=1, n=24, device="cpu")
+    pixels = torch.from_numpy(figure.axes[1].images[0].get_array()[..., 0].copy())
+    assert pixels.shape == (2 * 34 + 2, 10 * 34 + 2)
+    assert torch.equal((pixels[36:68, 2:34] * 255).round().to(torch.uint8), made[10, 0])
 
 
 def test_a_table_is_made_once(small, monkeypatch, capsys):

@@ -137,7 +137,7 @@ class Base:
 
     def show(self, made: Tensor, labels: Tensor, path: Path) -> None:
         """Write some of what `finish` gave: ten of each class."""
-        save_image(made[: 10 * self.null].float() / 255, path.with_suffix(".png"), nrow=self.null)
+        save_image(made[: 10 * self.null].float() / 255, path.with_name(f"{path.name}.png"), nrow=self.null)
 
 
 class Packaged(Base):

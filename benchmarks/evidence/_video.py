@@ -216,7 +216,7 @@ class ClipBase(Base):
 
     def show(self, made: Tensor, labels: Tensor, path: Path) -> None:
         """Write some as a moving picture."""
-        write_gif(made[:32], path.with_suffix(".gif"))
+        write_gif(made[:32], path.with_name(f"{path.name}.gif"))
 
 
 BASE = ClipBase(

@@ -232,12 +232,16 @@ def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: in
         _rows.add([row | {"table": table} for row in same])
         return
     made, labels = draw(base, fine_tuned(base, name, seed, device, stop), how, seed=seed, n=n, device=device)
-    way = f"guidance {about['guidance']} {how.rescale}, {about['nfe']} passes"
-    base.show(made, base.classes(n), RUNS / f"{base.name}, {name}, {way}, seed {seed}")
+    base.show(made, base.classes(n), shown(base, name, how, seed))
     found = base.measure(made, labels, device)
     about |= {"compute": run.count_flops() * about["steps"] if run else 0, **where(device)}
     _rows.add([about | {"metric": metric, "value": value} for metric, value in found.items()])
     print(json.dumps(about | found), flush=True)
+
+
+def shown(base: Base, name: str, how: Sampling, seed: int) -> Path:
+    """Where some of the samples are put, without the suffix."""
+    return RUNS / f"{base.name}, {name}, {how.steps} steps, guidance {how.guidance} {how.rescale}, seed {seed}"
 
 
 def _layers(run: FineTuning | None) -> str | None:
