@@ -393,9 +393,16 @@ def test_rows_of_another_base_or_another_n_are_other_lines_and_not_in_the_verdic
 
     new = rows_of({"recommended": (1.0, 1.0), "mse-equal-compute": (2.0, 2.0)})
     others = rows_of({"recommended": (9.0, 9.0)}, n=10) + rows_of({"recommended": (7.0, 7.0)}, base_steps=10)
-    rows = [*others, *new, *(row | {"table": "7"} for row in new)]
-    assert render.table(rows, "1").count("\n") == 1 + 4
-    assert "| FD-X | 2 | 0.500 | 0.500 – 0.500 |" in render.verdict(rows)
+    more = [
+        row | {"nfe": 50, "n": 40, "value": 3 * row["value"] if row["loss"] == "recommended" else row["value"]}
+        for row in new
+    ]
+    guided = [row | {"guidance": 3.0, "nfe": 50, "value": 9.0} for row in new]
+    rows = [*others, *new, *(row | {"table": "7"} for row in new), *more, *guided]
+    assert render.table(rows, "1").count("\n") == 1 + 4 + 2 + 2
+    assert render.verdict(rows).splitlines()[2:] == [
+        "| b | 25 | 100 | FD-X | 2 | 0.500 | 0.500 – 0.500 |", "| b | 50 | 40 | FD-X | 2 | 1.500 | 1.500 – 1.500 |"
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="several rows of seed 0"):
         render.verdict([*rows, *rows_of({"recommended": (5.0,)}, distance="other")])
 

@@ -90,18 +90,31 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The recommended recipe against MSE at the same training compute, 25 passes, no guidance; of each base as it was trained longest."""
-    lines = ["| base | metric | seeds | ratio to MSE | 95 % interval |", "| --- | --- | --- | --- | --- |"]
-    rows = [row for row in rows if row["table"] not in ("error", *SEARCHED)]
-    for base in sorted({row["base"] for row in rows}):
-        mine = [row for row in rows if row["base"] == base]
-        way = {"guidance": "none", "nfe": 25, "base_steps": max(row["base_steps"] for row in mine)}
+    """The recommended recipe against MSE at the same training compute, without guidance; of each base as it was trained longest.
+
+    Of each number of passes the rows of the most samples.
+    """
+    head = ("base", "passes", "N", "metric", "seeds", "ratio to MSE", "95 % interval")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = [row for row in rows if row["table"] not in ("error", *SEARCHED) and row["guidance"] == "none"]
+    for base, passes in sorted({(row["base"], row["nfe"]) for row in rows}):
+        mine = [row for row in rows if (row["base"], row["nfe"]) == (base, passes)]
+        way = {"base_steps": max(row["base_steps"] for row in mine)}
         way["n"] = max(row["n"] for row in mine if row["base_steps"] == way["base_steps"])
         found_in = {row["metric"] for row in mine if row["metric"].startswith(JUDGED)}
         for metric in sorted(found_in, key=lambda name: (ORDER.index(name.split("-")[0]), name)):
             found = ratio(mine, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
             if found:
-                lines.append(f"| {base} | {metric} | {found[3]} | {found[0]:.3f} | {found[1]:.3f} – {found[2]:.3f} |")
+                cells = (
+                    base,
+                    passes,
+                    f"{way['n']:,}",
+                    metric,
+                    found[3],
+                    f"{found[0]:.3f}",
+                    f"{found[1]:.3f} – {found[2]:.3f}",
+                )
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 
