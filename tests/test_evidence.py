@@ -471,6 +471,19 @@ def test_the_figure_shows_each_recipe_against_mse_of_the_same_seed_n_and_base():
     longer = [a_row(**about | {"loss": loss, "seed": 1, "value": value, "compute": compute}) for loss, value, compute in (
         (render.LONGER_MSE, 0.5, 36), ("longer", 0.25, 37), ("base", 8.0, 0)
     )]  # fmt: skip
+    searched = [
+        row
+        | {
+            "dataset": "x, against training pictures",
+            "value": 5 * row["value"] if row["loss"] == "new" else row["value"],
+        }
+        for row in rows
+    ]
+    found = render.against_mse([*others, *rows, *searched])
+    assert found == {
+        "b, N = 100": {"new": [0.25], "sp": [1.5, 0.5]},
+        "b, N = 100, against training pictures": {"new": [1.25], "sp": [1.5, 0.5]},
+    }
     found = render.against_mse([*others, *rows, *longer])
     assert found == {"b, N = 100": {"new": [0.25], "sp": [1.5, 0.5], "longer": [0.5], "base": [2.0]}}
     found = render.against_mse([*others, *rows])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _rows
+from _data import SEARCH
 from _plan import LONGER_MSE, SEARCHED, SEEDS, STEPS, TABLES, UNET
 from _rows import Row
 from matplotlib.figure import Figure
@@ -167,28 +168,34 @@ def fill(text: str, rows: Sequence[Row]) -> str:
 
 
 def against_mse(rows: Sequence[Row]) -> dict[str, dict[str, list[float]]]:
-    """Divide each recipe's Fréchet distance by that of MSE of the nearest compute, of the same seed, N and base; 25 passes, no guidance.
+    """Divide each recipe's Fréchet distance by that of MSE of the nearest compute, of the same seed, N, base and real pictures.
+
+    25 passes, no guidance.
 
     Returns:
-        for each base, for each recipe, a ratio per seed; bases and recipes that have none are left out.
+        for each base and what it is compared with, for each recipe, a ratio per seed; those that have none are left out.
     """
     found: dict[str, dict[str, list[float]]] = {}
     plain = [
         row for row in rows
         if row["metric"].startswith("FD") and row["table"] != "error" and (row["guidance"], row["nfe"]) == ("none", 25)
     ]  # fmt: skip
-    of = {tuple(row[k] for k in ("base", "base_steps", "seed", "n", "loss")): row for row in plain}
-    for base in sorted({row["base"] for row in plain}):
-        for n in sorted({row["n"] for row in plain if row["base"] == base}):
-            steps = max(row["base_steps"] for row in plain if row["base"] == base)
-            mine: dict[str, list[float]] = {}
-            for (name, trained, seed, count, loss), row in sorted(of.items(), key=str):
-                mses = [of[key] for mse in EQUAL if (key := (base, steps, seed, n, mse)) in of]
-                if (name, trained, count) == (base, steps, n) and mses and loss not in EQUAL:
-                    nearest = min(mses, key=lambda mse, row=row: abs(mse["compute"] - row["compute"]))
-                    mine.setdefault(loss, []).append(row["value"] / nearest["value"])
-            if mine:
-                found[f"{base}, N = {n:,}"] = mine
+    for base, dataset, n in sorted({(row["base"], row["dataset"], row["n"]) for row in plain}):
+        steps = max(row["base_steps"] for row in plain if row["base"] == base)
+        kind = (base, dataset, n, steps)
+        of = {
+            (row["seed"], row["loss"]): row
+            for row in plain
+            if (row["base"], row["dataset"], row["n"], row["base_steps"]) == kind
+        }
+        mine: dict[str, list[float]] = {}
+        for (seed, loss), row in sorted(of.items()):
+            mses = [of[seed, mse] for mse in EQUAL if (seed, mse) in of]
+            if mses and loss not in EQUAL:
+                nearest = min(mses, key=lambda mse, row=row: abs(mse["compute"] - row["compute"]))
+                mine.setdefault(loss, []).append(row["value"] / nearest["value"])
+        if mine:
+            found[f"{base}, N = {n:,}{SEARCH if dataset.endswith(SEARCH) else ''}"] = mine
     return found
 
 
@@ -205,6 +212,7 @@ def draw(found: dict[str, dict[str, list[float]]]) -> Figure:
         axes.axvline(1, color="0.6", linewidth=1)
         axes.set_xscale("log")
         axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.7, len(names) - 0.3)
         axes.set_title(base, fontsize=10, loc="left")
         axes.grid(axis="x", color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
