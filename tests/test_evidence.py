@@ -263,7 +263,7 @@ def test_a_base_whose_state_is_lost_goes_on_from_its_weights(small, monkeypatch,
     assert log["restarts"] == [2]
     assert [row["step"] for row in log["log"]] == [2, 4, 6]
     assert log["steps"] == small.trained == 6
-    assert draws == [2, 2], "the draws of a restart are not those of the first steps again"
+    assert draws == [3, 3], "the draws of a restart are not those of the first steps again"
     assert all(torch.equal(v, held[k]) for k, v in starts[0].items())
     assert rates == [0, 1, 2, 3], "the steps of the restart, once each"
     assert load_state(state)[1]["done"] == 4

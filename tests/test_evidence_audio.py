@@ -223,7 +223,7 @@ def test_a_base_is_trained_and_compared_once(small, monkeypatch, tmp_path, capsy
     steps = {row["loss"]: row["steps"] for row in rows}
     each = cost["mse-equal-compute"] / steps["mse-equal-compute"]
     assert abs(cost["mse-equal-compute"] - cost["recommended"]) <= each / 2
-    folders = list((tmp_path / "runs").glob("*passes*"))
+    folders = list((tmp_path / "runs").glob("*, guidance *"))
     assert len(folders) == 4
     assert all(len(list(folder.glob("*.wav"))) == 16 for folder in folders)
 

@@ -124,7 +124,7 @@ def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000,
     def factor(step: int) -> float:
         return min(base.factor(start + step), (step + 1) / 500)
 
-    run = tuning(base, model, recipe, start, device, decay=base.decay, factor=factor, clip=1.0)
+    run = tuning(base, model, recipe, start and start + 1, device, decay=base.decay, factor=factor, clip=1.0)
     key = {"base": base.name, "batch": base.batch, "lr": base.lr, "decay": base.decay, "drop": base.drop}
     of = key | ({"start": start} if start else {})
     done = start + (load_state(state)[1]["done"] if state.exists() else 0)
