@@ -202,6 +202,12 @@ def test_the_learning_rate_of_a_base_rises_stays_and_falls_to_a_tenth():
     ]  # fmt: skip
 
 
+def test_a_restart_rises_to_where_the_learning_rate_was():
+    base = replace(UNET, steps=20_000)
+    found = [base.factor(step, start=16_000) for step in (0, 249, 499, 1999, 3999)]
+    assert found == pytest.approx([0.002, 0.5, base.factor(16_499), base.factor(17_999), base.factor(19_999)])
+
+
 def test_an_unconditional_base_never_sees_a_class():
     free = replace(BASES["fashion-unet-unconditional"], dataset="digits", batch=64)
     tuning = run.tuning(free, free.build(), RECIPES["sp"], 0, "cpu")
@@ -245,6 +251,8 @@ def test_a_base_is_trained_measured_and_gone_on_with(small, capsys):
 def test_a_base_whose_state_is_lost_goes_on_from_its_weights(small, monkeypatch, capsys):
     stop, state = run.Budget(1e6), run.RUNS / f"{small.name}.safetensors"
     run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    before = json.loads((_bases.FOLDER / f"{small.name}.json").read_text())
+    old = state.read_bytes()
     state.unlink()
     rates, draws, starts = [], [], []
     tuning = run.tuning
@@ -260,40 +268,58 @@ def test_a_base_whose_state_is_lost_goes_on_from_its_weights(small, monkeypatch,
     run.train_base(replace(small, steps=4), "cpu", stop, 2, n=24, restart=True)
     run.train_base(replace(small, steps=6), "cpu", stop, 2, n=24, restart=True)  # its state is here: no second restart
     log = json.loads((_bases.FOLDER / f"{small.name}.json").read_text())
-    assert log["restarts"] == [2]
+    assert [row["step"] for row in log["restarts"]] == [2]
+    assert log["restarts"][0]["before"] == {
+        name: before[name] for name in ("torch", "command", "commit", "hardware", "date")
+    }
     assert [row["step"] for row in log["log"]] == [2, 4, 6]
     assert log["steps"] == small.trained == 6
     assert draws == [3, 3], "the draws of a restart are not those of the first steps again"
     assert all(torch.equal(v, held[k]) for k, v in starts[0].items())
     assert rates == [0, 1, 2, 3], "the steps of the restart, once each"
     assert load_state(state)[1]["done"] == 4
+    state.write_bytes(old)  # the lost one comes back
+    with pytest.raises(UserError, match="start"):
+        run.train_base(replace(small, steps=8), "cpu", stop, 2, n=24)
+    state.unlink()
+    with pytest.raises(UserError, match=r"is not here\. Bring it, or delete") as caught:
+        run.train_base(replace(small, steps=6), "cpu", stop, 2, n=24, restart=True)
+    assert "--restart" not in str(caught.value)
 
 
-def test_samples_of_every_seed_and_way_are_kept_and_shown_from_equal_noise(small, monkeypatch, capsys):
-    run.train_base(replace(small, steps=2), "cpu", run.Budget(1e6), 2, n=24)
-    with pytest.raises(FileNotFoundError, match=r"^no samples of 'fashion-unet', seed 0\. Make them by run\.py"):
-        pictures.find(small, 0)
-    ways = (
-        Sampling(steps=2),
-        Sampling(steps=3),
-        Sampling(steps=2, guidance=3.0),
-        Sampling(steps=2, guidance=3.0, rescale=0.7),
-    )
+def test_samples_of_every_seed_way_and_base_are_kept(small, capsys):
+    stop = run.Budget(1e6)
+    run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    ways = [Sampling(steps=2), Sampling(steps=3)]
+    ways += [Sampling(steps=2, guidance=3.0, rescale=rescale) for rescale in (0.0, 0.7)]
     for seed in (0, 1):
         for how in ways:
-            run.make_rows("1", small, "base", how, seed, 24, "cpu", run.Budget(1e6))
+            run.make_rows("1", small, "base", how, seed, 24, "cpu", stop)
     assert len(list(run.RUNS.glob("*.png"))) == 8
+    run.train_base(small, "cpu", stop, 2, n=24)
+    run.make_rows("1", small, "base", ways[0], 0, 24, "cpu", stop)
+    assert len(list(run.RUNS.glob("*.png"))) == 9
+
+
+@pytest.mark.parametrize("drop", [0.1, 1.0])
+def test_recipes_are_shown_from_the_noise_that_is_measured(small, monkeypatch, capsys, drop):
+    stop, base = run.Budget(1e6), replace(small, drop=drop)
+    run.train_base(replace(base, steps=2), "cpu", stop, 2, n=24)
     monkeypatch.setattr(
-        pictures, "WAYS", {"two": ("base", ways[0]), "guided": ("base", ways[2]), "none": ("sp", ways[0])}
+        pictures, "SHOWN", {title: (name, replace(how, steps=2)) for title, (name, how) in pictures.SHOWN.items()}
     )
-    found = pictures.find(small, 1)
-    assert list(found) == ["two", "guided"]
-    figure = pictures.draw(found, 32)
-    assert [axes.get_title("left") for axes in figure.axes] == ["two", "guided"]
-    made, _ = run.draw(small, small.read().eval(), ways[2], seed=1, n=24, device="cpu")
-    pixels = torch.from_numpy(figure.axes[1].images[0].get_array()[..., 0].copy())
-    assert pixels.shape == (2 * 34 + 2, 10 * 34 + 2)
-    assert torch.equal((pixels[36:68, 2:34] * 255).round().to(torch.uint8), made[10, 0])
+    made = pictures.make(base, 1, "cpu", stop)
+    assert list(made) == [title for title in pictures.SHOWN if drop < 1 or "guidance" not in title]
+    measured, _ = run.draw(
+        base, run.fine_tuned(base, "recommended", 1, "cpu", stop), Sampling(steps=2), seed=1, n=48, device="cpu"
+    )
+    assert (made["recommended"].int() - measured[:20].int()).abs().max() <= 1, (
+        "another size of batch may round otherwise"
+    )
+    figure = pictures.figure(made, base.null)
+    assert [axes.get_title("left") for axes in figure.axes] == list(made)
+    shown = torch.from_numpy(figure.axes[-1].images[0].get_array()[36:68, 2:34, 0].copy())
+    assert torch.equal(shown, made["recommended"][10, 0])
 
 
 def test_a_table_is_made_once(small, monkeypatch, capsys):
@@ -398,8 +424,10 @@ def test_rows_of_another_base_or_another_n_are_other_lines_and_not_in_the_verdic
         for row in new
     ]
     guided = [row | {"guidance": 3.0, "nfe": 50, "value": 9.0} for row in new]
-    rows = [*others, *new, *(row | {"table": "7"} for row in new), *more, *guided]
-    assert render.table(rows, "1").count("\n") == 1 + 4 + 2 + 2
+    alone = rows_of({"base": (1.0, 1.0)}, n=1000)  # hides no comparison
+    young = [row | {"nfe": 10, "base_steps": 10} for row in new]
+    rows = [*others, *new, *(row | {"table": "7"} for row in new), *more, *guided, *alone, *young]
+    assert render.table(rows, "1").count("\n") == 1 + 4 + 2 + 2 + 1 + 2
     assert render.verdict(rows).splitlines()[2:] == [
         "| b | 25 | 100 | FD-X | 2 | 0.500 | 0.500 – 0.500 |", "| b | 50 | 40 | FD-X | 2 | 1.500 | 1.500 – 1.500 |"
     ]  # fmt: skip
@@ -513,6 +541,12 @@ def test_every_recipe_of_the_search_costs_what_the_recommended_one_does():
     assert {RECIPES[name].as_much_as for _, name, _ in TABLES["search"]} <= {None, "recommended"}
     assert [RECIPES[name].as_much_as for _, name, _ in TABLES["length"]] == [TABLES["length"][1][1], None]
     assert all(RECIPES[name].as_much_as for _, name, _ in TABLES["search"] if name.startswith("search: "))
+
+
+def test_emoji_are_asked_for_as_often_as_they_come_among_those_compared_with():
+    base = BASES["emoji-unet"]
+    real = _data.load("emoji").real.labels
+    assert torch.equal(base.classes(base.n).bincount(), real.bincount())
 
 
 def test_the_base_of_the_package_is_read_as_it_is_and_not_trained_here():

@@ -98,11 +98,17 @@ class Base:
         path = FOLDER / f"{self.name}.safetensors"
         return int(load_state(path)[1]["step"]) if path.exists() else 0
 
-    def factor(self, step: int) -> float:
-        """What the learning rate is multiplied by: it rises over the first 500 steps, and falls to a tenth over the last 40 % of each round."""
+    def factor(self, step: int, start: int = 0) -> float:
+        """What the learning rate is multiplied by: it rises over the first 500 steps, and falls to a tenth over the last 40 % of each round.
+
+        Args:
+            step: the step, counted from `start`.
+            start: the step that a restart went on from.
+        """
+        rise, step = (step + 1) / 500, start + step
         length = self.steps // self.rounds
         place = step / length - min(step // length, self.rounds - 1)
-        return min(1.0, (step + 1) / 500, max(0.1, 1 - 0.9 * (place - 0.6) / 0.4))
+        return min(1.0, rise, max(0.1, 1 - 0.9 * (place - 0.6) / 0.4))
 
     def classes(self, n: int) -> Tensor:
         """The classes to sample: in turn."""
@@ -149,6 +155,10 @@ class Packaged(Base):
     def read(self) -> nn.Module:
         model: nn.Module = load_base(self.null)[0]
         return model
+
+    def classes(self, n: int) -> Tensor:
+        """Those of the pictures that samples are compared with, as often as they come."""
+        return self.train.labels[torch.arange(n) % len(self.train)]
 
     @property
     def trained(self) -> int:

@@ -1,50 +1,51 @@
 """Show what recipes make of equal noise: `python benchmarks/evidence/pictures.py fashion-unet-unconditional`.
 
-The samples are those that `run.py` has left under `runs/evidence`, 25 steps: the first rows of each recipe of the first comparison that is
-there, one under another, chosen by nobody. The figure goes to `docs/images`.
+The first samples of a seed, 25 steps, each column from one noise. A recipe that is not trained yet on this machine is trained first.
+The figure goes to `docs/images`.
 """
 
 import argparse
-from pathlib import Path
 
+import torch
 from _bases import BASES, Base
-from _plan import COMPARED, GUIDED, WHOLE
+from _plan import GUIDED, WHOLE, Sampling
 from matplotlib.figure import Figure
-from matplotlib.image import imread
-from run import ROOT, shown
+from run import ROOT, Budget, draw, fine_tuned
+from torch import Tensor
+from torchvision.utils import make_grid
 
-BORDER, ROWS = 2, 2
-"""Pixels between two samples; rows of samples shown of each recipe."""
-WAYS = {"base": ("base", WHOLE), "base, guidance 3": ("base", GUIDED[0])} | {name: (name, WHOLE) for name in COMPARED}
-"""What is shown: a recipe, and how it is sampled."""
+from perceptual_diffusion.cli.training import Interrupted
 
-
-def find(base: Base, seed: int) -> dict[str, Path]:
-    """Find the samples there are.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    places = {title: shown(base, *way, seed) for title, way in WAYS.items()}
-    files = {title: place.with_name(f"{place.name}.png") for title, place in places.items()}
-    found = {title: path for title, path in files.items() if path.exists()}
-    if not found:
-        raise FileNotFoundError(
-            f"no samples of {base.name!r}, seed {seed}. Make them by run.py, which measures them, too."
-        )
-    return found
+SHOWN: dict[str, tuple[str, Sampling]] = {
+    "base": ("base", WHOLE),
+    "base, guidance 3": ("base", GUIDED[0]),
+    "MSE, same compute": ("mse-equal-compute", WHOLE),
+    "recommended": ("recommended", WHOLE),
+}
+"""What is shown: a recipe, and how it is sampled; guidance only of a model that is told the class."""
+ROWS = 2
+"""Samples shown of each class."""
 
 
-def draw(pictures: dict[str, Path], height: int) -> Figure:
-    """Draw the first rows of each file of samples, `height` pixels each."""
-    found = {title: imread(path)[: ROWS * (height + BORDER) + BORDER] for title, path in pictures.items()}
-    tall, wide = next(iter(found.values())).shape[:2]
-    figure = Figure(figsize=(8, len(found) * (8 * tall / wide + 0.35)), layout="constrained")
-    for axes, (title, image) in zip(figure.subplots(len(found), 1, squeeze=False)[:, 0], found.items(), strict=True):
-        axes.imshow(image, interpolation="nearest")
+def make(base: Base, seed: int, device: str, stop: Budget) -> dict[str, Tensor]:
+    """Sample: uint8 pictures of each of `SHOWN`, the classes in turn."""
+    return {
+        title: draw(base, fine_tuned(base, name, seed, device, stop), how, seed=seed, n=ROWS * base.null, device=device)[0]
+        for title, (name, how) in SHOWN.items()
+        if base.conditional or how.guidance == 1
+    }  # fmt: skip
+
+
+def figure(made: dict[str, Tensor], columns: int) -> Figure:
+    """Draw the samples of each recipe on a grid, one under another."""
+    grids = {title: make_grid(pictures, nrow=columns).permute(1, 2, 0) for title, pictures in made.items()}
+    tall, wide = next(iter(grids.values())).shape[:2]
+    drawn = Figure(figsize=(8, len(grids) * (8 * tall / wide + 0.35)), layout="constrained")
+    for axes, (title, grid) in zip(drawn.subplots(len(grids), 1, squeeze=False)[:, 0], grids.items(), strict=True):
+        axes.imshow(grid.numpy(), interpolation="nearest")
         axes.set_title(title, fontsize=10, loc="left")
         axes.axis("off")
-    return figure
+    return drawn
 
 
 def main() -> None:
@@ -52,13 +53,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    base = BASES[options.base]
+    torch.set_num_threads(options.threads)
+    base, stop = BASES[options.base], Budget(1e6)
     try:
-        figure = draw(find(base, options.seed), base.train.images.shape[-1])
-    except FileNotFoundError as error:
-        parser.exit(2, f"{error}\n")
-    figure.savefig(ROOT / f"docs/images/evidence_{base.name}_samples.png", dpi=90)
+        with stop.listening():
+            made = make(base, options.seed, options.device, stop)
+    except Interrupted:
+        parser.exit(1, "stopped; the same command goes on\n")
+    figure(made, base.null).savefig(ROOT / f"docs/images/evidence_{base.name}_samples.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -91,31 +91,22 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The recommended recipe against MSE at the same training compute, without guidance; of each base as it was trained longest.
-
-    Of each number of passes the rows of the most samples.
-    """
+    """The recommended recipe against MSE at the same training compute, without guidance; of each base as it was trained longest."""
     head = ("base", "passes", "N", "metric", "seeds", "ratio to MSE", "95 % interval")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rows = [row for row in rows if row["table"] not in ("error", *SEARCHED) and row["guidance"] == "none"]
-    for base, passes in sorted({(row["base"], row["nfe"]) for row in rows}):
-        mine = [row for row in rows if (row["base"], row["nfe"]) == (base, passes)]
-        way = {"base_steps": max(row["base_steps"] for row in mine)}
-        way["n"] = max(row["n"] for row in mine if row["base_steps"] == way["base_steps"])
-        found_in = {row["metric"] for row in mine if row["metric"].startswith(JUDGED)}
-        for metric in sorted(found_in, key=lambda name: (ORDER.index(name.split("-")[0]), name)):
-            found = ratio(mine, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
-            if found:
-                cells = (
-                    base,
-                    passes,
-                    f"{way['n']:,}",
-                    metric,
-                    found[3],
-                    f"{found[0]:.3f}",
-                    f"{found[1]:.3f} – {found[2]:.3f}",
-                )
-                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    longest = {
+        base: max(row["base_steps"] for row in rows if row["base"] == base) for base in {row["base"] for row in rows}
+    }
+    kinds = {(row["base"], row["nfe"], -row["n"], row["metric"]) for row in rows if row["metric"].startswith(JUDGED)}
+    for base, passes, n, metric in sorted(
+        kinds, key=lambda kind: (*kind[:3], ORDER.index(kind[3].split("-")[0]), kind[3])
+    ):
+        way = {"base": base, "nfe": passes, "n": -n, "base_steps": longest[base]}
+        found = ratio(rows, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
+        if found:
+            cells = (base, passes, f"{-n:,}", metric, found[3], f"{found[0]:.3f}", f"{found[1]:.3f} – {found[2]:.3f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
 

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from perceptual_diffusion.cli._errors import UserError
-from perceptual_diffusion.cli.files import load_state, save_state, write
+from perceptual_diffusion.cli.files import check_key, load_state, save_state, write
 from perceptual_diffusion.cli.training import FineTuning, Interrupted, Stop
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000,
         every: steps between two measurements.
         n: how many samples are measured.
         restart: where the state is not here, go on from the averaged weights that the repository holds, with a new optimizer, and other
-            draws; the learning rate rises over 500 steps to where it was. The log says so in "restarts".
+            draws; the learning rate rises over 500 steps to where it was. The log says so in "restarts", and what made the steps before.
 
     Raises:
         UserError: the repository holds weights, and what it takes to go on from them is not here.
@@ -111,23 +112,27 @@ def train_base(base: Base, device: str, stop: Budget, every: int, n: int = 1000,
     state, log = RUNS / f"{base.name}.safetensors", FOLDER / f"{base.name}.json"
     about = json.loads(log.read_text()) if log.exists() else {"log": []}
     if base.trained and not state.exists():
-        if not restart or base.trained >= base.steps:
+        on = "" if base.trained >= base.steps else "pass --restart to go on from the weights, "
+        if not (restart and on):
             raise UserError(
                 f"{base.name!r} has been trained for {base.trained} steps, and its state {str(state)!r} is not here. "
-                f"Bring it, pass --restart to go on from the weights, or delete {str(FOLDER / base.name)!r}.* to train it anew."
+                f"Bring it, {on}or delete {str(FOLDER / base.name)!r}.* to train it anew."
             )
-        about.setdefault("restarts", []).append(base.trained)
-        write(log, json.dumps(about, indent=1) + "\n")
-    start = about.get("restarts", [0])[-1]
+        made_by = {name: about[name] for name in ("torch", "command", "commit", "hardware", "date")}
+        if base.trained not in [row["step"] for row in about.setdefault("restarts", [])]:
+            about["restarts"].append({"step": base.trained, "before": made_by})
+            write(log, json.dumps(about, indent=1) + "\n")
+    start = about["restarts"][-1]["step"] if about.get("restarts") else 0
     recipe, model = Recipe(loss="mse", lr=base.lr), base.read() if start else base.build()
-
-    def factor(step: int) -> float:
-        return min(base.factor(start + step), (step + 1) / 500)
-
+    factor = partial(base.factor, start=start)
+    # fine-tunings draw by whole thousands
     run = tuning(base, model, recipe, start and start + 1, device, decay=base.decay, factor=factor, clip=1.0)
     key = {"base": base.name, "batch": base.batch, "lr": base.lr, "decay": base.decay, "drop": base.drop}
     of = key | ({"start": start} if start else {})
-    done = start + (load_state(state)[1]["done"] if state.exists() else 0)
+    meta = load_state(state)[1] if state.exists() else None
+    if meta is not None:
+        check_key(f"the state {str(state)!r}", meta.get("key"), of)
+    done = start + (meta["done"] if meta is not None else 0)
     measured = {row["step"] for row in about["log"]}
     flops, progress = run.count_flops(), _progress(base.steps - start, base.name)
     for step in range(every, base.steps + 1, every):
@@ -241,7 +246,10 @@ def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: in
 
 def shown(base: Base, name: str, how: Sampling, seed: int) -> Path:
     """Where some of the samples are put, without the suffix."""
-    return RUNS / f"{base.name}, {name}, {how.steps} steps, guidance {how.guidance} {how.rescale}, seed {seed}"
+    return (
+        RUNS
+        / f"{base.name}, {name}, {how.steps} steps, guidance {how.guidance} {how.rescale}, seed {seed}, base {base.trained}"
+    )
 
 
 def _layers(run: FineTuning | None) -> str | None:
@@ -258,14 +266,19 @@ def make_references(base: Base, seed: int, device: str) -> None:
         _rows.add([about | {"metric": metric, "value": value} for metric, value in found.items()])
 
 
+@cache
+def commit() -> str:
+    """The commit of the code that runs: asked once, at the start, since the next commit may come before the rows."""
+    code = ("--", "perceptual_diffusion", "benchmarks/evidence/*.py")
+    return _git("rev-parse", "--short", "HEAD") + (" and changes" if _git("status", "--porcelain", *code) else "")
+
+
 def where(device: str) -> dict[str, str]:
     """What was typed, on what, and when."""
     command = shlex.join(["python", "benchmarks/evidence/run.py", *sys.argv[1:]])
-    code = ("--", "perceptual_diffusion", "benchmarks/evidence/*.py")
-    commit = _git("rev-parse", "--short", "HEAD") + (" and changes" if _git("status", "--porcelain", *code) else "")
     return {
         "command": command,
-        "commit": commit,
+        "commit": commit(),
         "hardware": hardware(device),
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -300,6 +313,7 @@ def main() -> None:
     known = TABLES if options.what == "table" else BASES
     if options.name not in known:
         parser.error(f"unknown name {options.name!r}, expected one of {', '.join(known)}.")
+    commit()
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     stop = Budget(options.minutes)
