@@ -132,7 +132,8 @@ TABLES: dict[str, list[Entry]] = {
         (UNET, name, (SHORT,))
         for name in RECIPES
         if name.startswith(COMPARED[1:]) and name.partition(", ")[2][:2] in ("", "lr")
-    ],
+    ]
+    + [(FREE, f"{name}, lr {RATES[0]:g}", (WHOLE,)) for name in ("mse-equal-compute", "recommended")],
     "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in COMPARED[1:])],
     "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in COMPARED[1:])],
     "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, *SEARCH)],
