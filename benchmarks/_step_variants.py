@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, staged, taps
+from perceptual_diffusion import PAPER, SelfPerceptualObjective, adapters, staged, taps
 from perceptual_diffusion._shapes import WAYS
 from perceptual_diffusion.lora import LoraTeacher
 from perceptual_diffusion.teachers import CopyTeacher
@@ -79,7 +79,7 @@ def study(case: Case, *, fake: bool, lora: bool = False) -> Study:
     model, mode = build(case, fake=fake, alter=alter)
     layer = names[0]
     plain = SelfPerceptualObjective.wrap(
-        model, case.schedule, prediction=case.prediction, layers=layer, teacher=lambda x, t, cond: []
+        model, case.schedule, prediction=case.prediction, layers=layer, teacher=lambda x, t, cond: [], **PAPER
     )
     return Study(case=case, model=model, mode=mode, layer=layer, plain=plain, fake=fake)
 
@@ -180,7 +180,7 @@ def ours(study: Study, given: Batch, *, micro_batch: Any = "auto", lora: bool = 
     select = taps.select if study.fake else adapters.find(study.model).select  # values that do not exist tell nothing
     teacher = make(study.model, layers=[study.layer], call=study.plain.call, select=select, **options)
     objective = SelfPerceptualObjective.wrap(
-        study.model, case.schedule, prediction=case.prediction, layers=study.layer,
+        study.model, case.schedule, prediction=case.prediction, layers=study.layer, **PAPER,
         teacher=teacher, micro_batch=len(given.clean) if micro_batch == "all" else micro_batch,
     )  # fmt: skip
     if study.fake and objective.micro_batches is not None:

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from perceptual_diffusion import SelfPerceptualObjective
+from perceptual_diffusion import PAPER, SelfPerceptualObjective
 from perceptual_diffusion.cli import datasets, metrics
 from perceptual_diffusion.cli.sampling import sample
 
@@ -79,7 +79,7 @@ def fine_tune(
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
     scheduler = DDIMScheduler.from_pretrained(BASE)
-    objective = SelfPerceptualObjective.wrap(model, scheduler, seed=seed, **recipe)
+    objective = SelfPerceptualObjective.wrap(model, scheduler, seed=seed, **PAPER | recipe)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     generator = torch.Generator(device).manual_seed(seed)

@@ -26,7 +26,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-from perceptual_diffusion import SelfPerceptualObjective
+from perceptual_diffusion import PAPER, SelfPerceptualObjective
 from perceptual_diffusion.cli import datasets
 
 BASE = str(resources.files("perceptual_diffusion") / "assets/base")
@@ -70,7 +70,9 @@ class Bench:
         torch.manual_seed(seed)
         self.model = UNet2DModel.from_pretrained(BASE, torch_dtype=torch.float32).train()
         scheduler = DDIMScheduler.from_pretrained(BASE)
-        self.objectives = {d: SelfPerceptualObjective.wrap(self.model, scheduler, distance=d) for d in DISTANCES}
+        self.objectives = {
+            d: SelfPerceptualObjective.wrap(self.model, scheduler, **PAPER | {"distance": d}) for d in DISTANCES
+        }
         self.parameters = list(self.model.parameters())
         self.data = datasets.load("emoji").train
         self.generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ warnings.simplefilter("ignore")
 import torch  # noqa: E402
 from zoo import ROWS, build  # noqa: E402
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters  # noqa: E402
+from perceptual_diffusion import PAPER, SelfPerceptualObjective, adapters  # noqa: E402
 
 
 def parts(name: str, separate: bool) -> list[tuple]:
@@ -24,7 +24,11 @@ def parts(name: str, separate: bool) -> list[tuple]:
     several = isinstance(adapters.find(model).prediction, tuple)
     latents = tiny.prediction != "sample" or not several
     objective = SelfPerceptualObjective.wrap(
-        model, tiny.scheduler(), prediction=tiny.prediction if several else None, t_range=None if latents else (1, 1000)
+        model,
+        tiny.scheduler(),
+        prediction=tiny.prediction if several else None,
+        t_range=None if latents else (1, 1000),
+        **PAPER,
     )
     objective.teacher.features = "noisy" if separate else "all"  # "all" leaves the attention as it is
     with torch.no_grad():

@@ -36,7 +36,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules, timesteps
+from perceptual_diffusion import PAPER, SelfPerceptualObjective, adapters, schedules, timesteps
 from perceptual_diffusion.cli import datasets, demo
 from perceptual_diffusion.parameterizations import V_PREDICTION, System, mix
 from perceptual_diffusion.renoising import mix_samples, prediction_error, renoise
@@ -196,7 +196,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     split = datasets.load("emoji")
     unet, scheduler = demo.load_base(len(split.train.classes))
     held_out = datasets.to_model(split.held_out.images)
-    objective = SelfPerceptualObjective.wrap(unet.eval(), scheduler)
+    objective = SelfPerceptualObjective.wrap(unet.eval(), scheduler, **PAPER)
     yield Case(name="packaged UNet", model=unet, objective=objective, clean=held_out, labels=split.held_out.labels)
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
@@ -207,7 +207,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         dit = train_dit(scheduler, images[:1500], labels[:1500], seconds=options.seconds, seed=options.seed)
         if options.dit is not None:
             dit.save_pretrained(options.dit)
-    objective = SelfPerceptualObjective.wrap(dit, DDIMScheduler.from_config(scheduler.config))
+    objective = SelfPerceptualObjective.wrap(dit, DDIMScheduler.from_config(scheduler.config), **PAPER)
     yield Case(name="small DiT", model=dit, objective=objective, clean=images[1500:], labels=labels[1500:])
 
 

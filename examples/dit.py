@@ -66,7 +66,7 @@ class DiT(ModelMixin, ConfigMixin):
 
 def train(name, model, data, steps, lr, recipe, accelerator, options):
     model = model.to(accelerator.device).train()  # the teacher is a copy of it as it is now, before `prepare` wraps it
-    recipe = recipe | {"prediction": "flow_prediction", "mse_weight": 1.0, "seed": options.seed}
+    recipe = recipe | {"prediction": "flow_prediction", "seed": options.seed}
     objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), **recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema)).requires_grad_(False)
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
@@ -138,7 +138,7 @@ def main(argv=None):
         if given != base:
             train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
             model = DiT.from_pretrained(base)
-        train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+        train("model", model, data, options.steps, options.lr, {}, accelerator, options)
     except torch.OutOfMemoryError:
         parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:

@@ -70,7 +70,7 @@ def train(options):
     if accelerator.is_main_process and not (options.out / "before.png").exists():
         files.write(options.out / "before.png", sample(model.eval(), noise_scheduler, *start))
 
-    objective = SelfPerceptualObjective.wrap(model, noise_scheduler, distance="normalised", mse_weight=1.0)  # (2)
+    objective = SelfPerceptualObjective.wrap(model, noise_scheduler)  # (2)
 
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model.train(), torch.optim.AdamW(model.parameters(), lr=options.lr))

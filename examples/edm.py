@@ -64,7 +64,7 @@ def read(folder):
 def train(name, model, data, steps, lr, recipe, accelerator, options):
     """Train an MSE-trained or new model, from the newest checkpoint on, and write it and its samples."""
     model = model.to(accelerator.device).train()  # the teacher is a copy of it as it is now, before `prepare` wraps it
-    objective = SelfPerceptualObjective.wrap(model, schedules.EDM(), seed=options.seed, **recipe)
+    objective = SelfPerceptualObjective.wrap(model, schedules.EDM(), mse_weight=0.0, seed=options.seed, **recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}"
@@ -138,7 +138,7 @@ def main(argv=None):
         if given != base:
             train("base", model, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options)
             model = Denoiser.from_pretrained(base)
-        train("model", model, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+        train("model", model, data, options.steps, options.lr, {}, accelerator, options)
     except torch.OutOfMemoryError:
         parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:

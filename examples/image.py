@@ -58,7 +58,7 @@ def train(options, out):
         raise ValueError(f"{options.model!r} is a {type(pipe).__name__}, expected a StableDiffusionPipeline.")
     unet, vae, size = pipe.unet, pipe.vae, pipe.unet.config.sample_size * pipe.vae_scale_factor
     objective = SelfPerceptualObjective.wrap(  # while the weights are the MSE-trained ones
-        unet, pipe.scheduler, distance="normalised", mse_weight=1.0, seed=options.seed
+        unet, pipe.scheduler, seed=options.seed
     )
     ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.999)).requires_grad_(False)
     pipe.unet = ema.module  # samples come from the averaged weights, and these are saved

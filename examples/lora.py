@@ -36,9 +36,7 @@ def train(options, out):
     unet, vae, size = pipe.unet, pipe.vae, pipe.unet.config.sample_size * pipe.vae_scale_factor
     base = sum(p.numel() * p.element_size() for p in unet.requires_grad_(False).parameters())
     unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    objective = SelfPerceptualObjective.wrap(
-        unet, pipe.scheduler, teacher="lora", distance="normalised", mse_weight=1.0, seed=options.seed
-    )
+    objective = SelfPerceptualObjective.wrap(unet, pipe.scheduler, teacher="lora", seed=options.seed)
     held = 4 * objective.teacher.parameters_held
     accelerator.print(f"the base holds {base:,} bytes of weights; beside them the teacher holds {held:,}")
     trained = torch.nn.ParameterList(p for p in unet.parameters() if p.requires_grad)

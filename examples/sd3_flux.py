@@ -42,7 +42,7 @@ def train(options, out, rows):
     size = options.size or pipe.default_sample_size * pipe.vae_scale_factor
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
     t = timesteps.LogitNormal(shift=adapters.read(pipe.scheduler).t.shift)
-    recipe = {"distance": "normalised", "mse_weight": 1.0, "t": t, "seed": options.seed}
+    recipe = {"t": t, "seed": options.seed}
     objective = SelfPerceptualObjective.wrap(net, pipe.scheduler, teacher="copy" if options.full else "lora", **recipe)
     if options.gradient_checkpointing:
         net.enable_gradient_checkpointing()

@@ -54,7 +54,7 @@ def train(options, out, rows):
     lora = LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     unet.requires_grad_(False).add_adapter(lora)
     cast_training_params(unet)  # LoRA in float32, whatever the base is in
-    recipe = {"distance": "normalised", "mse_weight": 1.0, "seed": options.seed}
+    recipe = {"seed": options.seed}
     objective = SelfPerceptualObjective.wrap(unet, pipe.scheduler, teacher="lora", **recipe)
     if options.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

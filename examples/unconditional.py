@@ -60,7 +60,7 @@ def train(name, pipeline, data, steps, lr, recipe, accelerator, options):
     model = pipeline.unet.to(
         accelerator.device
     ).train()  # the teacher is a copy as it is now, before `prepare` wraps it
-    objective = SelfPerceptualObjective.wrap(model, pipeline.scheduler, seed=options.seed, mse_weight=1.0, **recipe)
+    objective = SelfPerceptualObjective.wrap(model, pipeline.scheduler, seed=options.seed, **recipe)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))
     student, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=lr))
     about = f"model {options.model!r}, data {options.data!r}, batch {options.batch}, seed {options.seed}"
@@ -122,7 +122,7 @@ def main(argv=None):
                 "base", pipeline, data, 0 if given else options.base_steps, options.base_lr, BLIND, accelerator, options
             )
             pipeline = DDIMPipeline.from_pretrained(base)
-        train("model", pipeline, data, options.steps, options.lr, {"distance": "normalised"}, accelerator, options)
+        train("model", pipeline, data, options.steps, options.lr, {}, accelerator, options)
     except torch.OutOfMemoryError:
         parser.error("out of memory. Use a smaller --batch, with `accelerate launch --gradient_accumulation_steps N`.")
     except (OSError, ValueError) as error:

@@ -19,11 +19,12 @@ from perceptual_diffusion import (
 )
 from perceptual_diffusion.inspection import probe_layers
 from perceptual_diffusion.monitor import Monitor
-from perceptual_diffusion.objective import SelfPerceptualObjective
+from perceptual_diffusion.objective import PAPER, SelfPerceptualObjective
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PAPER",
     "Monitor",
     "SelfPerceptualObjective",
     "adapters",

@@ -9,6 +9,7 @@ pair and the predicted pair to t', and compare a frozen teacher's hidden feature
 import os
 import random
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
@@ -62,6 +63,9 @@ Reduction = Literal["mean", "none"]
 
 REDUCTIONS = ("mean", "none")
 
+PAPER: MappingProxyType[str, Any] = MappingProxyType({"distance": "mse", "mse_weight": 0.0, "t_prime": "uniform"})
+"""The options of the paper's objective, eq. 12 and nothing else: `wrap(model, schedule, **PAPER)`."""
+
 _assemble: Callable[..., dict[str, Any]] | None = None
 
 
@@ -91,7 +95,8 @@ class SelfPerceptualObjective:
     """A perceptual training loss for a diffusion or flow model, made by the model's own frozen copy.
 
     `SelfPerceptualObjective.wrap(model, schedule)` builds one for a model. It is a plain object, not a module: nothing
-    of it enters a `state_dict`, `parameters()`, DDP or EMA.
+    of it enters a `state_dict`, `parameters()`, DDP or EMA. The defaults are the recipe that helped where it was measured
+    (docs/decisions/0015-the-defaults-are-what-helped.md); `PAPER` holds those of the paper.
 
     Args:
         schedule: the noise schedule.
@@ -106,7 +111,7 @@ class SelfPerceptualObjective:
         distance: "mse", "mae", "huber", "cosine", "normalised", or a callable of two features (B, *) to (B,), each row of which
             depends on that row of the features alone.
         formulation: "joint" (eq. 12) or "split" (eqs. 14 to 17).
-        mse_weight: adds this much of the MSE of the prediction; it costs no extra pass.
+        mse_weight: adds this much of the MSE of the prediction; it costs no extra pass. 0 where the loop adds its own.
         weight: weight of each sample by t: "none", "min_snr", or a callable of t, shape (B,), to (B,).
         t_range: the smallest and the largest t; by default all of the schedule.
         seed: seed of the objective's own generator; each process adds its rank. By default torch's initial seed.
@@ -132,10 +137,10 @@ class SelfPerceptualObjective:
         call: ModelCall = call_model,
         output: ModelOutput = take_prediction,
         t: str | TimeSampler = "uniform",
-        t_prime: str | TimeSampler = "uniform",
-        distance: str | Distance = "mse",
+        t_prime: str | TimeSampler = "contributing",
+        distance: str | Distance = "normalised",
         formulation: Formulation = "joint",
-        mse_weight: float = 0.0,
+        mse_weight: float = 1.0,
         weight: str | TimeFunction | None = None,
         t_range: tuple[float, float] | None = None,
         seed: int | None = None,
@@ -199,9 +204,9 @@ class SelfPerceptualObjective:
         features: Features = "noisy",
         t: str | TimeSampler | None = None,
         t_prime: str | TimeSampler | None = None,
-        distance: str | Distance = "mse",
+        distance: str | Distance = "normalised",
         formulation: Formulation = "joint",
-        mse_weight: float = 0.0,
+        mse_weight: float = 1.0,
         weight: str | TimeFunction | None = None,
         t_range: tuple[float, float] | None = None,
         seed: int | None = None,
@@ -227,7 +232,7 @@ class SelfPerceptualObjective:
                 `(x_t, t, cond) -> list of features`.
             features: "noisy" compares the noisy sample's tokens and streams, "all" whatever depends on the noisy sample.
             t: as in the constructor; by default uniform, with the scheduler's shift if it has one.
-            t_prime: as in the constructor, like all that follow; by default what the teacher's `t_prime` says, else uniform.
+            t_prime: as in the constructor, like all that follow; by default what the teacher's `t_prime` says, else "contributing".
             distance: see the constructor.
             formulation: see the constructor.
             mse_weight: see the constructor.
@@ -270,7 +275,7 @@ class SelfPerceptualObjective:
         )
         return cls(
             **built,
-            t_prime=getattr(teacher, "t_prime", "uniform") if t_prime is None else t_prime,
+            t_prime=getattr(teacher, "t_prime", "contributing") if t_prime is None else t_prime,
             distance=distance,
             formulation=formulation,
             mse_weight=mse_weight,

@@ -4,12 +4,13 @@ import copy
 import hashlib
 
 import torch
+from paper import PaperObjective
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 
 TEACHERS = ("copy", "lora", "module")
 LAYER = "blocks.1"
@@ -57,7 +58,7 @@ def build(teacher="copy", *, width=16, checkpointing=False, **options):
                 nn.init.normal_(parameter, std=0.1)
     defaults = {"prediction": "flow_prediction", "layers": [LAYER], "seed": 0, "teacher": given}
     defaults["call"] = lambda model, x, t, cond: model(x, t, **cond)
-    return model.train(), SelfPerceptualObjective.wrap(model, schedules.Linear(), **(defaults | options))
+    return model.train(), PaperObjective.wrap(model, schedules.Linear(), **(defaults | options))
 
 
 def batch(size=3, tokens=5):

@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from models import ConvNet
+from paper import PaperObjective
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 
 
 class Run:
@@ -22,7 +23,7 @@ class Run:
     def __init__(self, folder, seed=0, average=True, about="", width=6):
         torch.manual_seed(seed)
         model = ConvNet(width=width)
-        self.objective = SelfPerceptualObjective.wrap(
+        self.objective = PaperObjective.wrap(
             model, schedules.Linear(), prediction="flow_prediction", layers=["body"], seed=seed
         )
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)) if average else None

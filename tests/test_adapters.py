@@ -17,9 +17,10 @@ from diffusers import (
     UNet2DModel,
 )
 from models import TOLERANCE, ConvNet, conditional_unet, distance, dit, unet
+from paper import PaperObjective
 from torch import nn
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 from perceptual_diffusion.adapters import Adapter, _registry, find, register
 
 # diffusers 0.42 turns torch tensors to numpy the old way under numpy 2
@@ -128,7 +129,7 @@ def test_a_model_and_a_scheduler_equal_algorithm_1(
 ):
     student, scheduler = make(), scheduler()
     frozen = freeze(student)
-    objective = SelfPerceptualObjective.wrap(student, scheduler, formulation=formulation)
+    objective = PaperObjective.wrap(student, scheduler, formulation=formulation)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.05)
@@ -152,7 +153,7 @@ def test_a_model_and_a_scheduler_equal_algorithm_1(
 def test_a_unet_without_a_middle_equals_algorithm_1(make):
     student, cond = make(**NO_MIDDLE), LABELS if make is unet else TEXT
     frozen, scheduler = freeze(student), DDPMScheduler()
-    objective = SelfPerceptualObjective.wrap(student, scheduler)
+    objective = PaperObjective.wrap(student, scheduler)
     clean, noise, prediction = torch.randn(3, 3, student.config.in_channels, 8, 8)
     prediction.requires_grad_()
     t, t_prime = INDEX
@@ -169,7 +170,7 @@ def test_a_unet_without_a_middle_equals_algorithm_1(make):
 def test_the_learned_variance_of_a_dit_is_cut_off(drop_in):
     student = dit().eval()
     frozen, scheduler = freeze(student), DDPMScheduler()
-    objective = SelfPerceptualObjective.wrap(student, scheduler)
+    objective = PaperObjective.wrap(student, scheduler)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.05)
@@ -199,7 +200,7 @@ def test_the_learned_variance_of_a_dit_is_cut_off(drop_in):
 
 def test_a_tuple_instead_of_an_output_object_serves_as_well():
     student = unet()
-    objective = SelfPerceptualObjective.wrap(student, DDPMScheduler())
+    objective = PaperObjective.wrap(student, DDPMScheduler())
     clean, noise = torch.randn(2, 3, 3, 8, 8)
     losses = [
         objective(student, clean, cond=LABELS | extra, noise=noise, t=INDEX[0], t_prime=INDEX[1])
@@ -209,7 +210,7 @@ def test_a_tuple_instead_of_an_output_object_serves_as_well():
 
 
 def test_flow_matching_draws_times_with_the_schedulers_shift():
-    objective = SelfPerceptualObjective.wrap(unet(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    objective = PaperObjective.wrap(unet(), FlowMatchEulerDiscreteScheduler(shift=3.0))
     t = objective.t(objective.schedule, torch.zeros(4000, 1), generator=torch.Generator().manual_seed(0))
     assert abs(t.median() - 750) < 20, "3 u / (1 + 2 u) at u = 1/2 is 3/4"
     t_prime = objective.t_prime(
@@ -221,7 +222,7 @@ def test_flow_matching_draws_times_with_the_schedulers_shift():
 @pytest.mark.parametrize("layers", ["body", ["stem", "body"]])
 def test_an_unknown_module_works_with_layers_given(layers):
     student = ConvNet()
-    objective = SelfPerceptualObjective.wrap(student, schedules.Linear(), prediction="flow_prediction", layers=layers)
+    objective = PaperObjective.wrap(student, schedules.Linear(), prediction="flow_prediction", layers=layers)
     loss = objective(student, torch.randn(2, 3, 6, 6))
     loss.backward()
     assert loss > 0
@@ -229,21 +230,21 @@ def test_an_unknown_module_works_with_layers_given(layers):
 
 
 def test_an_explicit_prediction_wins_over_the_schedulers():
-    objective = SelfPerceptualObjective.wrap(unet(), DDPMScheduler(), prediction="v_prediction")
+    objective = PaperObjective.wrap(unet(), DDPMScheduler(), prediction="v_prediction")
     assert objective.prediction.name == "v_prediction"
 
 
 @pytest.mark.parametrize("schedule", ["ddpm", DDPMScheduler, nn.Identity(), unet(), {"alphas_cumprod": 1}])
 def test_wrap_refuses_what_is_no_scheduler(schedule):
     with pytest.raises(TypeError, match=r"`schedule` is an? .*expected a diffusers scheduler or a schedule of"):
-        SelfPerceptualObjective.wrap(unet(), schedule, prediction="epsilon")
+        PaperObjective.wrap(unet(), schedule, prediction="epsilon")
 
 
 def test_wrap_refuses_a_model_without_a_schedule():
     with pytest.raises(
         ValueError, match=r"`schedule` is missing. Pass a diffusers scheduler, such as `pipeline.scheduler`"
     ):
-        SelfPerceptualObjective.wrap(unet(), prediction="epsilon")
+        PaperObjective.wrap(unet(), prediction="epsilon")
 
 
 # --- the plug point ---------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def test_a_registered_class_and_its_subclasses_are_found(cls, key):
     register(key, mine)
     student = cls()
     assert find(student).family == "mine"
-    objective = SelfPerceptualObjective.wrap(student, schedules.Linear(), prediction="v_prediction")
+    objective = PaperObjective.wrap(student, schedules.Linear(), prediction="v_prediction")
     assert objective(student, torch.randn(2, 3, 6, 6), cond={"strength": 0.5}) > 0
 
 

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from models import TOLERANCE, ConvNet, conditional_unet, distance
+from paper import PaperObjective
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 from perceptual_diffusion.teachers import ModuleTeacher
 
 # torch hides this warning, of an input that is no leaf, but not from pytest
@@ -23,7 +24,7 @@ def call(model, x, t, cond):
 def setup(student=None, **options):
     torch.manual_seed(0)
     student = conditional_unet().eval() if student is None else student
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student, schedules.Discrete.scaled_linear(), prediction="v_prediction", layers=["mid_block"], call=call, **options
     )  # fmt: skip
     with torch.no_grad():
@@ -66,7 +67,7 @@ def test_weights_that_the_teacher_holds_too_keep_their_gradients_in_the_same_aut
     """Before torch 2.11 autocast hands a pass with gradient the casts that a pass without one has made."""
     torch.manual_seed(0)
     shared = torch.nn.Conv2d(4, 4, 3, padding=1)
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         shared, schedules.Discrete.scaled_linear(), prediction="v_prediction", call=lambda m, x, t, cond: m(x),
         teacher=lambda x, t, cond: [shared(x)], micro_batch=micro_batch,
     )  # fmt: skip
@@ -142,7 +143,7 @@ def test_channels_last_is_kept_and_the_gradient_is_that_of_contiguous_tensors(co
         return model(x, t / 1000)
 
     for student in students:
-        objective = SelfPerceptualObjective.wrap(
+        objective = PaperObjective.wrap(
             student, schedules.Discrete.scaled_linear(), prediction="v_prediction", layers=["body"], call=watched,
             compile=compile,
         )  # fmt: skip

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from models import MLP, ConvNet, TwoStreams, dit, unet
+from paper import PaperObjective
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import NO_CPU_BACKWARD, ROWS, build
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, checks, parameterizations, schedules
+from perceptual_diffusion import adapters, checks, parameterizations, schedules
 from perceptual_diffusion._checking.skill import skills
 from perceptual_diffusion.checks import SetupError, check
 from perceptual_diffusion.cli import datasets, demo
@@ -36,13 +37,13 @@ def pictures(batch=4):
 
 def wrap(model, **options):
     options = {"prediction": "v_prediction", "layers": "body"} | options
-    return SelfPerceptualObjective.wrap(model, options.pop("schedule", schedules.Linear()), **options)
+    return PaperObjective.wrap(model, options.pop("schedule", schedules.Linear()), **options)
 
 
 def bare(teacher, **options):
     """An objective whose teacher is any callable."""
     options = {"schedule": schedules.Linear(), "prediction": "v_prediction"} | options
-    return SelfPerceptualObjective(teacher=teacher, **options)
+    return PaperObjective(teacher=teacher, **options)
 
 
 def fault(objective, model, clean=None, **options):
@@ -108,7 +109,7 @@ def test_the_report_has_the_figures_of_the_step():
 
 def test_the_report_prints_its_figures_and_warnings():
     model = unet(dropout=0.1)
-    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), prediction="v_prediction")
+    objective = PaperObjective.wrap(model, schedules.Linear(), prediction="v_prediction")
     report = check(objective, model.eval(), torch.randn(2, 3, 16, 16), cond={"class_labels": torch.tensor([0, 1])})
     lines = str(report).splitlines()
     assert lines[0].startswith(f"loss {report.loss:.4g}, mse {report.mse:.4g}")
@@ -885,7 +886,7 @@ def checked(base, batch, seed, schedule=None, call=None, **options):
     model, scheduler, data = base
     if call is not None:
         options["call"] = lambda model, x_t, t, cond: model(x_t, call(t), **cond)
-    objective = SelfPerceptualObjective.wrap(model, schedule or scheduler, layers="mid_block", **options)
+    objective = PaperObjective.wrap(model, schedule or scheduler, layers="mid_block", **options)
     clean, cond = emoji(data, batch, seed)
     return check(objective, model, clean, cond=cond, generator=torch.Generator().manual_seed(seed))
 
@@ -956,7 +957,7 @@ def test_a_schedule_of_another_shape_is_named(base, kind, seed):
 
 
 def test_a_schedule_without_the_terminal_fix_is_not_told_from_the_one_with_it(base):
-    right = SelfPerceptualObjective.wrap(base[0], base[1]).schedule
+    right = PaperObjective.wrap(base[0], base[1]).schedule
     without = schedules.Discrete.scaled_linear()
     assert float(right.alpha_bar[-1]) == 0 < float(without.alpha_bar[-1])
     report = checked(base, 8, 0, schedule=without, prediction="v_prediction", call=lambda t: t)
@@ -975,7 +976,7 @@ def test_a_new_model_on_pictures_is_no_error_whatever_it_is_said_to_predict(base
     layer = "mid_block" if seed % 2 else "body"
     call = None if seed % 2 else thousandths
     schedule = schedules.Discrete.scaled_linear()
-    objective = SelfPerceptualObjective.wrap(model, schedule, prediction=prediction, layers=layer, call=call)
+    objective = PaperObjective.wrap(model, schedule, prediction=prediction, layers=layer, call=call)
     check(objective, model, clean, cond=cond if seed % 2 else None, generator=torch.Generator().manual_seed(seed))
 
 
@@ -990,7 +991,7 @@ def test_of_a_few_numbers_nothing_is_read():
 
 def test_a_model_with_a_learned_variance_passes():
     model = dit()
-    objective = SelfPerceptualObjective.wrap(model, schedules.Discrete.linear(), prediction="epsilon")
+    objective = PaperObjective.wrap(model, schedules.Discrete.linear(), prediction="epsilon")
     check(objective, model, torch.randn(2, 4, 8, 8), cond={"class_labels": torch.tensor([0, 1])})
 
 
@@ -1010,6 +1011,6 @@ def test_no_denoiser_of_the_zoo_is_refused(name):
         options["t_range"] = (1, 1000)
     if len(tiny.t.unique()) == 1:  # the class has one time for the whole batch
         options |= {"t": one_time, "t_prime": one_time}
-    objective = SelfPerceptualObjective.wrap(model, tiny.scheduler(), **options)
+    objective = PaperObjective.wrap(model, tiny.scheduler(), **options)
     report = check(objective, model, tiny.clean, cond=tiny.cond)
     assert report.loss > 0

@@ -7,13 +7,14 @@ import pytest
 import torch
 from algorithm1 import algorithm1, freeze
 from models import TOLERANCE, ConvNet, conditional_unet, distance, dit, unet
+from paper import PaperObjective
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules, taps
+from perceptual_diffusion import schedules, taps
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 
 # torch hides this warning, of an input that is no leaf, but not from pytest
@@ -130,7 +131,7 @@ def test_nothing_is_left_on_the_module(counted):
 def test_the_objectives_gradient_is_that_of_algorithm_1():
     student = ConvNet().eval()
     frozen, schedule = freeze(student), schedules.Discrete.scaled_linear()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student, schedule, prediction="v_prediction", layers=["body"], call=plain, compile=FAST
     )
     for seed in range(3):
@@ -317,7 +318,7 @@ def compile_student(model, when, wrap):
 @pytest.mark.parametrize("when", STUDENTS)
 def test_a_compiled_student_gets_the_gradient_of_an_eager_one(when, compile):
     def wrap(model):
-        return SelfPerceptualObjective.wrap(
+        return PaperObjective.wrap(
             model, schedules.Linear(), prediction="v_prediction", layers=["body"], compile=compile
         )
 
@@ -339,7 +340,7 @@ def test_a_compiled_student_gets_the_gradient_of_an_eager_one(when, compile):
     seen = []
     model.body.register_forward_hook(lambda m, args, out: seen.append(m))
     student, objective = compile_student(model, when, wrap)
-    eager = SelfPerceptualObjective.wrap(reference, schedules.Linear(), prediction="v_prediction", layers=["body"])
+    eager = PaperObjective.wrap(reference, schedules.Linear(), prediction="v_prediction", layers=["body"])
     pairs = zip(gradients(student, model, objective), gradients(reference, reference, eager), strict=True)
     assert all(distance(a, b) < TOLERANCE[torch.float32] for a, b in pairs)
     assert all(m is model.body for m in seen)

@@ -10,10 +10,11 @@ import warnings
 import pytest
 import torch
 from algorithm1 import freeze
+from paper import PaperObjective
 from zoo import NO_CPU_BACKWARD, REFUSED, ROWS, build
 from zoo.nested import leaves, mapped, per_sample
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 
 ALLOWED = 1e-4
 NAMES = [name for name in ROWS if name not in NO_CPU_BACKWARD]
@@ -72,7 +73,7 @@ class Case:
         }  # fmt: skip
 
     def wrap(self, **more):
-        return SelfPerceptualObjective.wrap(self.model, self.scheduler, **self.options, **more)
+        return PaperObjective.wrap(self.model, self.scheduler, **self.options, **more)
 
     def unit(self, t):
         """The released timestep, 0 clean to 1000 noise, in the unit of the objective's schedule."""

@@ -9,10 +9,11 @@ import torch
 from algorithm1 import freeze
 from diffusers.models.attention_dispatch import attention_backend
 from models import conditional_unet, dit, unet
+from paper import PaperObjective
 from torch import nn
 from zoo import B, build, normal
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 from perceptual_diffusion.adapters import Concat
 from perceptual_diffusion.parameterizations import edm
 
@@ -199,11 +200,11 @@ def test_a_clean_condition_that_cannot_be_joined_is_refused(name, clean, error, 
 def test_the_loss_with_a_joined_condition_is_that_of_the_model_called_by_hand():
     case = Called("UNet2DConditionModel", in_channels=9)
     scheduler = diffusers.DDPMScheduler()
-    hand = SelfPerceptualObjective.wrap(
+    hand = PaperObjective.wrap(
         case.model, scheduler, layers="mid_block",
         call=lambda m, x, t, cond: m(sample=torch.cat([x, MASKED], 1), timestep=t.float(), **cond),
     )  # fmt: skip
-    ours = SelfPerceptualObjective.wrap(case.model, scheduler)
+    ours = PaperObjective.wrap(case.model, scheduler)
     given = {
         "noise": normal(B, 4, 8, 8, seed=7),
         "t": torch.tensor([120, 480, 870]),
@@ -242,7 +243,7 @@ def test_the_loss_of_a_flow_map_without_its_second_time_is_refused_by_name(name)
     argument, cls = MAPS[name]
     case = Called(name)
     case.cond.pop(argument)
-    objective = SelfPerceptualObjective.wrap(case.model, case.tiny.scheduler())
+    objective = PaperObjective.wrap(case.model, case.tiny.scheduler())
     with pytest.raises(ValueError, match=f"`cond` lacks '{argument}': {cls} is a flow map"):
         objective(case.model, case.tiny.clean, cond=case.cond)
 
@@ -285,7 +286,7 @@ def test_a_model_that_is_no_flow_map_needs_no_second_time(name, argument):
 @pytest.mark.parametrize("form", ["an object", "a tuple", "a tensor", "cut already"])
 def test_a_learned_variance_is_cut_off_in_every_form_of_the_output(form):
     model = dit().eval()
-    objective = SelfPerceptualObjective.wrap(model, diffusers.DDPMScheduler())
+    objective = PaperObjective.wrap(model, diffusers.DDPMScheduler())
     clean, noise, cond = normal(B, 4, 8, 8), normal(B, 4, 8, 8, seed=1), {"class_labels": torch.tensor([1, 2, 3])}
     t, t_prime = torch.tensor([120, 480, 870]), torch.tensor([500, 20, 900])
     output = model(objective.add_noise(clean, noise, t), timestep=t, **cond, return_dict=form == "an object")
@@ -295,7 +296,7 @@ def test_a_learned_variance_is_cut_off_in_every_form_of_the_output(form):
         "an object": output, "a tuple": output, "a tensor": torch.cat([mean, variance], 1), "cut already": mean,
     }[form]  # fmt: skip
     rest = {"clean": clean, "noise": noise, "t": t, "t_prime": t_prime, "cond": cond, "reduction": "none"}
-    told = SelfPerceptualObjective.wrap(
+    told = PaperObjective.wrap(
         model, diffusers.DDPMScheduler(), output=lambda output, x_t: output, teacher=objective.teacher
     ).loss(mean, **rest)
     assert torch.equal(objective.loss(given, **rest), told)
@@ -314,7 +315,7 @@ OTHER_SIZES = {
 
 @pytest.mark.parametrize("output", marked(OTHER_SIZES))
 def test_a_prediction_of_another_size_is_refused(output):
-    objective = SelfPerceptualObjective.wrap(unet().eval(), diffusers.DDPMScheduler())
+    objective = PaperObjective.wrap(unet().eval(), diffusers.DDPMScheduler())
     clean, cond = normal(B, 3, 8, 8), {"class_labels": torch.tensor([1, 2, 3])}
     with pytest.raises(ValueError, match=r"`model_pred` has shape .*, expected \(3, 3, 8, 8\), that of `clean`"):
         objective.loss(output, clean=clean, noise=clean, t=torch.tensor([1, 2, 3]), cond=cond)
@@ -331,7 +332,7 @@ SOUNDS = {
 @pytest.mark.parametrize("output", marked(SOUNDS))
 def test_a_prediction_of_sound_of_another_size_is_refused(output):
     model, tiny = build("UNet1DModel")
-    objective = SelfPerceptualObjective.wrap(model, tiny.scheduler())
+    objective = PaperObjective.wrap(model, tiny.scheduler())
     given = {"clean": tiny.clean, "noise": tiny.clean, "t": torch.tensor([0.1, 0.5, 0.9]), "cond": tiny.cond}
     assert objective.loss(tiny.clean, **given).isfinite()
     with pytest.raises(ValueError, match=r"`model_pred` has shape .*, expected .*, that of `clean`"):
@@ -463,8 +464,8 @@ def test_a_pipeline_is_its_denoiser_and_its_scheduler(name):
     pipeline, model, clean, cond = PIPELINES[name]()
     model.eval()
     pair = [
-        SelfPerceptualObjective.wrap(pipeline, seed=3),
-        SelfPerceptualObjective.wrap(model, pipeline.scheduler, seed=3),
+        PaperObjective.wrap(pipeline, seed=3),
+        PaperObjective.wrap(model, pipeline.scheduler, seed=3),
     ]
     assert pair[0].teacher.layers == pair[1].teacher.layers
     assert pair[0].prediction == pair[1].prediction
@@ -488,19 +489,16 @@ def test_a_pipeline_is_its_denoiser_and_its_scheduler(name):
 def test_a_pipeline_may_have_another_schedule():
     pipeline, *_ = ddpm()
     own = schedules.Discrete.scaled_linear()
-    objective = SelfPerceptualObjective.wrap(pipeline, own, prediction="v_prediction")
+    objective = PaperObjective.wrap(pipeline, own, prediction="v_prediction")
     assert objective.schedule is own
     assert objective.prediction.name == "v_prediction"
-    assert (
-        SelfPerceptualObjective.wrap(pipeline, diffusers.DDIMScheduler(prediction_type="sample")).prediction.name
-        == "sample"
-    )
+    assert PaperObjective.wrap(pipeline, diffusers.DDIMScheduler(prediction_type="sample")).prediction.name == "sample"
 
 
 def test_a_compiled_denoiser_in_a_pipeline_is_found():
     pipeline, *_ = ddpm()
     pipeline.unet = torch.compile(pipeline.unet, backend="eager")
-    assert SelfPerceptualObjective.wrap(pipeline).teacher.layers == ("mid_block",)
+    assert PaperObjective.wrap(pipeline).teacher.layers == ("mid_block",)
 
 
 def test_a_pipeline_of_two_denoisers_names_both():
@@ -512,8 +510,8 @@ def test_a_pipeline_of_two_denoisers_names_both():
     )  # fmt: skip
     message = "WanPipeline has 2 denoisers.* Pass one of `pipeline.transformer`, `pipeline.transformer_2`,? and `pipeline.scheduler`"
     with pytest.raises(ValueError, match=message):
-        SelfPerceptualObjective.wrap(pipeline)
-    assert SelfPerceptualObjective.wrap(pipeline.transformer_2, pipeline.scheduler).prediction.name == "flow_prediction"
+        PaperObjective.wrap(pipeline)
+    assert PaperObjective.wrap(pipeline.transformer_2, pipeline.scheduler).prediction.name == "flow_prediction"
 
 
 @pytest.mark.parametrize(
@@ -527,7 +525,7 @@ def test_a_pipeline_of_two_denoisers_names_both():
 )
 def test_a_pipeline_without_a_known_denoiser_says_so(says):
     with pytest.raises(ValueError, match=says):
-        SelfPerceptualObjective.wrap(Bare(vae=vae(), scheduler=diffusers.DDPMScheduler()))
+        PaperObjective.wrap(Bare(vae=vae(), scheduler=diffusers.DDPMScheduler()))
 
 
 def test_a_pipeline_of_a_refused_class_says_why():
@@ -535,14 +533,14 @@ def test_a_pipeline_of_a_refused_class_says_why():
     with pytest.raises(
         ValueError, match="Transformer2DModel cannot be trained with this objective: it is a building block"
     ):
-        SelfPerceptualObjective.wrap(Bare(transformer=model, scheduler=diffusers.DDPMScheduler()))
+        PaperObjective.wrap(Bare(transformer=model, scheduler=diffusers.DDPMScheduler()))
 
 
 def test_a_pipeline_without_a_scheduler_asks_for_a_schedule():
     with pytest.raises(
         (TypeError, ValueError), match=r"`schedule` is .*expected a diffusers scheduler|`schedule` is missing"
     ):
-        SelfPerceptualObjective.wrap(Bare(unet=unet(), scheduler=None))
+        PaperObjective.wrap(Bare(unet=unet(), scheduler=None))
 
 
 def test_a_module_that_has_components_is_a_module():
@@ -550,7 +548,7 @@ def test_a_module_that_has_components_is_a_module():
         components = {"unet": "no model"}
 
     with pytest.raises(ValueError, match="`schedule` is missing"):
-        SelfPerceptualObjective.wrap(Model())
+        PaperObjective.wrap(Model())
 
 
 # --- what is predicted ------------------------------------------------------------------------------------------------
@@ -590,10 +588,10 @@ def model_of(make):
 @pytest.mark.parametrize(("make", "scheduler", "kind"), SAID.values(), ids=SAID)
 def test_the_scheduler_says_what_is_predicted_and_of_a_flow_the_class_says_the_sign(make, scheduler, kind):
     model, regular = model_of(make), {"t_range": (1, 1000)} if kind == "sample" else {}
-    assert SelfPerceptualObjective.wrap(model, scheduler(), **regular).prediction.name == kind
+    assert PaperObjective.wrap(model, scheduler(), **regular).prediction.name == kind
     for explicit in ("v_prediction", "flow_prediction", "-flow_prediction"):
         if explicit == "v_prediction" or not hasattr(scheduler(), "alphas_cumprod"):
-            assert SelfPerceptualObjective.wrap(model, scheduler(), prediction=explicit).prediction.name == explicit
+            assert PaperObjective.wrap(model, scheduler(), prediction=explicit).prediction.name == explicit
 
 
 def test_a_class_of_several_predictions_lists_them_unless_the_scheduler_or_the_user_says():
@@ -601,28 +599,26 @@ def test_a_class_of_several_predictions_lists_them_unless_the_scheduler_or_the_u
     message = "released models of the family PRXTransformer2DModel differ .* Pass `prediction='flow_prediction'` or `prediction='sample'`"
     for schedule in (flow(), schedules.Linear(scale=1000)):
         with pytest.raises(ValueError, match=message):
-            SelfPerceptualObjective.wrap(model, schedule)
-    assert (
-        SelfPerceptualObjective.wrap(model, flow(), prediction="flow_prediction").prediction.name == "flow_prediction"
-    )
-    at_noise = SelfPerceptualObjective.wrap(model, flow(), prediction="sample", t_range=(1, 1000))
+            PaperObjective.wrap(model, schedule)
+    assert PaperObjective.wrap(model, flow(), prediction="flow_prediction").prediction.name == "flow_prediction"
+    at_noise = PaperObjective.wrap(model, flow(), prediction="sample", t_range=(1, 1000))
     assert at_noise.prediction.name == "sample"
-    assert SelfPerceptualObjective.wrap(model, diffusers.DDPMScheduler()).prediction.name == "epsilon"
+    assert PaperObjective.wrap(model, diffusers.DDPMScheduler()).prediction.name == "epsilon"
 
 
 def test_a_schedule_of_ours_says_nothing_so_the_class_or_the_user_does():
     message = "`prediction` is missing, and the schedule does not say it. Pass `prediction='v_prediction'`"
     with pytest.raises(ValueError, match=message):
-        SelfPerceptualObjective.wrap(unet(), schedules.Linear())
+        PaperObjective.wrap(unet(), schedules.Linear())
     assert (
-        SelfPerceptualObjective.wrap(unet(), schedules.Linear(), prediction="sample", t_range=(0.1, 1)).prediction.name
+        PaperObjective.wrap(unet(), schedules.Linear(), prediction="sample", t_range=(0.1, 1)).prediction.name
         == "sample"
     )
     for name, kind in (
         ("FluxTransformer2DModel", "flow_prediction"),
         ("Lumina2Transformer2DModel", "-flow_prediction"),
     ):
-        assert SelfPerceptualObjective.wrap(build(name)[0], schedules.Linear()).prediction.name == kind
+        assert PaperObjective.wrap(build(name)[0], schedules.Linear()).prediction.name == kind
 
 
 PATHS = {  # the sign and size of a velocity in t, where a class's own is noise − clean over t from 0 to 1
@@ -641,12 +637,10 @@ def test_the_sign_of_a_class_is_not_taken_for_a_path_with_another(name, path, t,
     with pytest.raises(
         ValueError, match=r"`prediction` is missing: models of the family .* Pass `prediction='flow_pre"
     ):
-        SelfPerceptualObjective.wrap(model, path)
-    assert (
-        SelfPerceptualObjective.wrap(model, path, prediction="-flow_prediction").prediction.name == "-flow_prediction"
-    )
+        PaperObjective.wrap(model, path)
+    assert PaperObjective.wrap(model, path, prediction="-flow_prediction").prediction.name == "-flow_prediction"
     forward = schedules.Interpolant(lambda t: 1 - t, lambda t: t)
-    assert SelfPerceptualObjective.wrap(model, forward).prediction.name.endswith("flow_prediction")
+    assert PaperObjective.wrap(model, forward).prediction.name.endswith("flow_prediction")
 
 
 # --- the time that the model is given ---------------------------------------------------------------------------------
@@ -684,7 +678,7 @@ def test_a_schedule_of_ours_gives_each_class_its_own_unit(name, schedule, t):
     torch.testing.assert_close(sigma.float(), LEVEL)
     unsaid = case.family.prediction is None or isinstance(schedule, schedules.Interpolant)
     prediction = "v_prediction" if unsaid else None
-    objective = SelfPerceptualObjective.wrap(case.model, schedule, prediction=prediction)
+    objective = PaperObjective.wrap(case.model, schedule, prediction=prediction)
     objective.call(case.model, case.tiny.clean, t, case.cond)
     torch.testing.assert_close(case.given[argument], unit(LEVEL), rtol=1e-5, atol=1e-5)
     assert case.given[argument].dtype == torch.float32
@@ -695,7 +689,7 @@ def test_on_a_table_the_model_is_given_the_index_or_its_place():
     index = torch.tensor([0, 500, 999])
     for name, (argument, unit) in UNITS.items():
         case = Called(name)
-        objective = SelfPerceptualObjective.wrap(case.model, table, prediction="v_prediction")
+        objective = PaperObjective.wrap(case.model, table, prediction="v_prediction")
         objective.call(case.model, case.tiny.clean, index, case.cond)
         torch.testing.assert_close(case.given[argument], unit(index / 1000), rtol=1e-5, atol=1e-5)
 
@@ -707,8 +701,8 @@ def test_an_edm_schedule_is_refused_where_the_family_has_another_unit(name):
         "`call` is missing: models of the family .* take a time as .*, and EDM.* does not say how sigma becomes that"
     )
     with pytest.raises(ValueError, match=message):
-        SelfPerceptualObjective.wrap(case.model, schedules.EDM(), prediction=edm())
-    explicit = SelfPerceptualObjective.wrap(
+        PaperObjective.wrap(case.model, schedules.EDM(), prediction=edm())
+    explicit = PaperObjective.wrap(
         case.model, schedules.EDM(), prediction=edm(),
         call=lambda model, x, t, cond: case.family.call(model, x, t.log() / 4, cond),
     )  # fmt: skip
@@ -718,7 +712,7 @@ def test_an_edm_schedule_is_refused_where_the_family_has_another_unit(name):
 
 def test_a_family_whose_time_is_the_schedules_own_takes_an_edm_schedule():
     case = Called("UNet1DModel")
-    objective = SelfPerceptualObjective.wrap(case.model, schedules.EDM(), prediction=edm())
+    objective = PaperObjective.wrap(case.model, schedules.EDM(), prediction=edm())
     t = torch.tensor([0.5, 1.0, 2.0])
     objective.call(case.model, case.tiny.clean, t, case.cond)
     assert torch.equal(case.given["timestep"], t)
@@ -746,7 +740,7 @@ def test_a_model_in_bfloat16_trains_on_the_same_part(name):
     model, tiny = build(name)
     shapes = []
     for dtype, cast in ((torch.float32, lambda value: value), (torch.bfloat16, low)):
-        objective = SelfPerceptualObjective.wrap(model.to(dtype), tiny.scheduler())
+        objective = PaperObjective.wrap(model.to(dtype), tiny.scheduler())
         clean, cond = cast(tiny.clean), cast(tiny.cond)
         loss = objective(model, clean, cond=cond)
         assert loss.isfinite()
@@ -769,7 +763,7 @@ def test_the_part_that_is_found_does_not_depend_on_the_attention_backend(name):
     model, tiny = build(name)
     shapes = []
     for backend in ("native", "flex"):
-        objective = SelfPerceptualObjective.wrap(model, tiny.scheduler())
+        objective = PaperObjective.wrap(model, tiny.scheduler())
         with torch.no_grad(), attention_backend(backend):
             features = objective.teacher(tiny.clean, T / 1000, tiny.cond)
         shapes.append([feature.shape for feature in features])

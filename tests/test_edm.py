@@ -19,9 +19,10 @@ from edm_models import (
     over,
 )
 from models import distance
+from paper import PaperObjective
 from torch import nn
 
-from perceptual_diffusion import SelfPerceptualObjective, parameterizations, schedules
+from perceptual_diffusion import parameterizations, schedules
 from perceptual_diffusion.adapters import edm, find
 from perceptual_diffusion.teachers import ModuleTeacher
 from perceptual_diffusion.timesteps import Uniform
@@ -75,7 +76,7 @@ def moved(model):
 def test_a_denoiser_wraps_in_one_line_and_equals_algorithm_1(make, cond, layer, formulation):
     student = make().eval()
     frozen = freeze(student)
-    objective = SelfPerceptualObjective.wrap(student, schedules.EDM(), formulation=formulation)
+    objective = PaperObjective.wrap(student, schedules.EDM(), formulation=formulation)
     moved(student)
     clean, noise = torch.randn(2, 3, 3, 8, 8)
     loss = objective(student, clean, noise=noise, t=SIGMA, t_prime=SIGMA_PRIME, cond=cond, reduction="none")
@@ -92,7 +93,7 @@ def test_a_denoiser_wraps_in_one_line_and_equals_algorithm_1(make, cond, layer, 
 @denoisers
 def test_the_gradient_to_a_prediction_made_by_the_loop_equals_algorithm_1(make, cond, layer):
     student = make().eval()
-    objective = SelfPerceptualObjective.wrap(student, schedules.EDM(), truncate=False)
+    objective = PaperObjective.wrap(student, schedules.EDM(), truncate=False)
     clean, noise, prediction = torch.randn(3, 3, 3, 8, 8)
     prediction.requires_grad_()
     loss = objective.loss(prediction, clean=clean, noise=noise, t=SIGMA, t_prime=SIGMA_PRIME, cond=cond)
@@ -125,7 +126,7 @@ def test_a_class_of_a_module_without_a_file_is_known_by_its_structure():
     exec(source, vars(module))
     net = module.Net()
     assert type(net).__module__ == "_imported_module_1f2e"
-    objective = SelfPerceptualObjective.wrap(net, schedules.EDM())
+    objective = PaperObjective.wrap(net, schedules.EDM())
     assert objective.prediction == parameterizations.SAMPLE
     assert objective(net, torch.randn(2, 3, 8, 8)).requires_grad
 
@@ -164,7 +165,7 @@ def test_what_gives_no_clean_sample_is_not_taken_for_a_denoiser(make):
 
 def test_the_network_inside_a_denoiser_needs_its_prediction_said():
     with pytest.raises(ValueError, match="`prediction` is missing"):
-        SelfPerceptualObjective.wrap(InnerModel(), schedules.EDM())
+        PaperObjective.wrap(InnerModel(), schedules.EDM())
 
 
 def test_a_network_in_a_preconditioning_outside_of_it_equals_the_denoiser():
@@ -176,8 +177,8 @@ def test_a_network_in_a_preconditioning_outside_of_it_equals_the_denoiser():
 
     batch = {"noise": torch.randn(3, 3, 8, 8), "t": SIGMA, "t_prime": SIGMA_PRIME, "cond": CLASS}
     clean = torch.randn(3, 3, 8, 8)
-    bare = SelfPerceptualObjective.wrap(inner, schedules.EDM(), prediction=parameterizations.edm(0.7), call=call)
-    objective = SelfPerceptualObjective.wrap(whole, schedules.EDM())
+    bare = PaperObjective.wrap(inner, schedules.EDM(), prediction=parameterizations.edm(0.7), call=call)
+    objective = PaperObjective.wrap(whole, schedules.EDM())
     moved(whole)
     one, other = bare(inner, clean, **batch), objective(whole, clean, **batch)
     weights = list(inner.parameters())
@@ -197,7 +198,7 @@ class SuperResolution(EDMPrecond):
 
 def test_sigma_is_passed_by_its_name_where_it_is_not_the_second_argument():
     student, small = SuperResolution().eval(), torch.randn(3, 3, 8, 8)
-    objective = SelfPerceptualObjective.wrap(student, schedules.EDM())
+    objective = PaperObjective.wrap(student, schedules.EDM())
     clean, noise, prediction = torch.randn(3, 3, 3, 8, 8)
     loss = objective.loss(prediction, clean=clean, noise=noise, t=SIGMA, t_prime=SIGMA_PRIME, cond={"small": small})
     expected = algorithm1(
@@ -236,7 +237,7 @@ SCHEDULES = {
 def test_a_denoiser_is_given_its_own_sample_and_sigma_on_any_schedule(scheduler, scales, t, t_prime, layers):
     student = EDMPrecond().eval()
     t_range = (1, 1000) if scheduler is FlowMatchEulerDiscreteScheduler else None
-    objective = SelfPerceptualObjective.wrap(student, scheduler(), layers=layers, t_range=t_range)
+    objective = PaperObjective.wrap(student, scheduler(), layers=layers, t_range=t_range)
     clean, noise, prediction = torch.randn(3, 3, 3, 8, 8)
     prediction.requires_grad_()
     loss = objective.loss(prediction, clean=clean, noise=noise, t=t, t_prime=t_prime)
@@ -255,7 +256,7 @@ def test_a_denoiser_is_given_its_own_sample_and_sigma_on_any_schedule(scheduler,
 def test_the_teacher_of_a_half_precision_denoiser_runs_in_float32(cls, layer):
     """In float16, at a batch of 64, the loss is right within 1 %; the gradient of plain autograd is wrong by more than 10 %, the scaled one by some."""
     student = cls(resolution=16, use_fp16=True).eval()
-    objective = SelfPerceptualObjective.wrap(student, schedules.EDM())
+    objective = PaperObjective.wrap(student, schedules.EDM())
     layer = layer.replace("4x4", "8x8")
     clean, noise, prediction = torch.randn(3, 64, 3, 16, 16)
     sigma, sigma_prime = torch.full((64,), 0.8), torch.full((64,), 0.5)
@@ -284,7 +285,7 @@ def test_the_teacher_of_a_half_precision_denoiser_runs_in_float32(cls, layer):
 
 def test_the_student_keeps_its_own_precision():
     student = EDM2Precond(use_fp16=True)
-    SelfPerceptualObjective.wrap(student, schedules.EDM())
+    PaperObjective.wrap(student, schedules.EDM())
     assert student.use_fp16
 
 
@@ -297,7 +298,7 @@ def sha(model):
 
 def test_weights_that_are_normalised_in_train_mode_stay_as_they_are_in_the_teacher():
     student = EDM2Precond().train()
-    objective = SelfPerceptualObjective.wrap(student, schedules.EDM(), truncate=False)
+    objective = PaperObjective.wrap(student, schedules.EDM(), truncate=False)
     weights, of_student = sha(objective.teacher.module), sha(student)
     objective(student, torch.randn(2, 3, 8, 8)).backward()
     assert sha(student) != of_student
@@ -319,7 +320,7 @@ def test_a_denoiser_with_levels_takes_a_sampler_that_keeps_to_them():
         return model(x, sigma)
 
     schedule = schedules.EDM(sigma_min=student.sigma_min, sigma_max=80)
-    objective = SelfPerceptualObjective.wrap(student, schedule, t=levels, t_prime=levels, call=call)
+    objective = PaperObjective.wrap(student, schedule, t=levels, t_prime=levels, call=call)
     objective(student, torch.randn(16, 3, 8, 8)).backward()
     assert len(seen) > 2
     assert all(torch.isin(sigma, student.u).all() for sigma in seen)

@@ -19,8 +19,9 @@ import run
 import why
 from _bases import BASES
 from _plan import RECIPES
+from paper import PaperObjective
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 
 
 def wave(row, column, size=32):
@@ -116,7 +117,7 @@ class Off(torch.nn.Module):
 
 def linear(features, **options):
     """An objective on the straight path whose teacher is linear."""
-    return SelfPerceptualObjective(
+    return PaperObjective(
         schedule=schedules.Linear(), prediction="flow_prediction", teacher=lambda x, t, cond: [features(x)], seed=0, **options
     )  # fmt: skip
 

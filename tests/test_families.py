@@ -11,10 +11,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from paper import PaperObjective
 from zoo import NO_CPU_BACKWARD, REFUSED, ROWS, build
 from zoo.nested import mapped
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters
+from perceptual_diffusion import adapters
 from perceptual_diffusion.adapters.diffusers import FAMILIES, Family
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +62,7 @@ def test_the_page_of_the_families_is_the_table():
 @pytest.mark.parametrize("name", sorted(NO_CPU_BACKWARD))
 def test_flex_attention_says_that_it_needs_a_gpu(name):
     model, tiny = build(name)
-    objective = SelfPerceptualObjective.wrap(model, tiny.scheduler())
+    objective = PaperObjective.wrap(model, tiny.scheduler())
     with pytest.raises(ValueError, match=f"{name} uses FlexAttention, which has no backward on a CPU. Move the model"):
         objective(model, mapped(torch.clone, tiny.clean), cond=tiny.cond)
 

@@ -28,10 +28,11 @@ from layouts import (
     normal,
     whole,
 )
+from paper import PaperObjective
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 from perceptual_diffusion.features import locate
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 
@@ -167,7 +168,7 @@ class Setup:
     def __init__(self, name, **options):
         self.case, self.model = CASES[name], built(name)
         self.frozen = freeze(self.model)
-        self.objective = SelfPerceptualObjective.wrap(
+        self.objective = PaperObjective.wrap(
             self.model, schedules.Linear(), prediction="flow_prediction", layers=self.case.layer, call=call, **options
         )
         generator = torch.Generator().manual_seed(1)

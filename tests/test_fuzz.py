@@ -12,10 +12,11 @@ from fuzz import cases, values
 from fuzz.calls import FUZZ, STUDENT, Giving
 from fuzz.judge import outcome, refusal
 from hypothesis import Phase, given, settings
+from paper import PaperObjective
 from timm_models import sit
 from torch import nn
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 from perceptual_diffusion._shapes import map_leaves
 from perceptual_diffusion.adapters import _tree as tree
 from perceptual_diffusion.adapters import diffusers
@@ -58,13 +59,13 @@ REFUSED = {
     "a dtype that is a name": lambda o: wrap(teacher_dtype="float16"),
     "an example that is a tensor": lambda o: wrap(example=torch.ones(2, 3)),
     "a call that is none": lambda o: wrap(call=3),
-    "a pipeline with numbers for names": lambda o: SelfPerceptualObjective.wrap(SimpleNamespace(components={1: nn.Identity()}), schedules.Linear()),
+    "a pipeline with numbers for names": lambda o: PaperObjective.wrap(SimpleNamespace(components={1: nn.Identity()}), schedules.Linear()),
     "a model that fails": lambda o: wrap()(cases.case("condition").student, IMAGES),
 }  # fmt: skip
 
 
 def wrap(**options):
-    return SelfPerceptualObjective.wrap(
+    return PaperObjective.wrap(
         STUDENT, **{"schedule": schedules.Linear(), "prediction": "v_prediction", "layers": "body"} | options
     )
 
@@ -113,7 +114,7 @@ FOUND = {
         lambda o: diffusers._join([torch.ones(2, 3)] * 2, [torch.ones(2, 3)], 1, False), r"`cond\['concat'\]` is .*a list of 2 tensors",
     ),
     "a SiT, of which there are two signs": (
-        lambda o: SelfPerceptualObjective.wrap(SIT, FlowMatchEulerDiscreteScheduler()),
+        lambda o: PaperObjective.wrap(SIT, FlowMatchEulerDiscreteScheduler()),
         "the family SiT differ in what they predict. Pass `prediction='-flow_prediction'` or `prediction='flow_prediction'`",
     ),
     "a variance of a 1-D convolution": (
@@ -176,7 +177,7 @@ class Counting:
 
 def test_check_leaves_a_sampler_that_counts_where_it_was():
     sampler, model = Counting(), cases.ConvNet()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model, schedules.Linear(), prediction="v_prediction", layers="body", t=sampler, t_prime=sampler
     )
     objective.check(model, torch.randn(4, 3, 6, 6))

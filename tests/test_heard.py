@@ -6,10 +6,11 @@ import warnings
 
 import pytest
 import torch
+from paper import PaperObjective
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 
 CLEAN = torch.linspace(-1, 1, 2 * 16).reshape(2, 1, 4, 4)
 REENTRANT = {"use_reentrant": True}
@@ -35,7 +36,7 @@ class Net(nn.Module):
 
 
 def wrap(model):
-    return SelfPerceptualObjective.wrap(
+    return PaperObjective.wrap(
         model, schedules.Linear(), prediction="flow_prediction", layers="middle", seed=0,
         call=lambda model, x, t, cond: model(x, t),
     )  # fmt: skip

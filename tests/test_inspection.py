@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from models import ConvNet, conditional_unet, dit, unet
+from paper import PaperObjective
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 from zoo import ROWS, build
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 from perceptual_diffusion._shapes import describe
 from perceptual_diffusion.cli import loading
 from perceptual_diffusion.cli._app import app
@@ -283,7 +284,7 @@ def test_frozen_weights_make_the_mse_step_cheaper_and_the_objective_dearer_besid
 def test_the_weights_held_are_those_of_the_teacher_that_is_made(make, x, cond, middle):
     model = make()
     cost = step_cost(model, lambda: model(x, timestep=T, **cond), [middle], sample=x)
-    objective = SelfPerceptualObjective.wrap(model, DDIMScheduler(), seed=0)
+    objective = PaperObjective.wrap(model, DDIMScheduler(), seed=0)
     objective(model, torch.randn(x.shape), cond=cond)
     assert cost.held == objective.teacher.parameters_held
     assert 0 < cost.held_share < 1

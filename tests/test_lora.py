@@ -11,13 +11,14 @@ import pytest
 import torch
 from algorithm1 import algorithm1, freeze
 from models import TOLERANCE, ConvNet, conditional_unet, distance
+from paper import PaperObjective
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from zoo import B, build, normal
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 from perceptual_diffusion.lora import LoraTeacher
 
 peft = pytest.importorskip("peft")
@@ -69,12 +70,12 @@ class Setup:
         base, tiny = build(name)
         self.cond, self.clean, self.noise = tiny.cond, tiny.clean, normal(*tiny.clean.shape, seed=5)
         options |= {"prediction": tiny.prediction, "schedule": tiny.scheduler()}
-        self.expected = SelfPerceptualObjective.wrap(base, teacher=freeze(base), **options)
+        self.expected = PaperObjective.wrap(base, teacher=freeze(base), **options)
         self.student = adapt(base).train()
         perturb(self.student, words="lora_")
         if merge is not None:
             merge(self.student)
-        self.objective = SelfPerceptualObjective.wrap(self.student, teacher="lora", **options)
+        self.objective = PaperObjective.wrap(self.student, teacher="lora", **options)
         self.teacher = self.objective.teacher
         self.t, self.t_prime = (self.objective.schedule.at(torch.tensor(q)) for q in ([0.2, 0.5, 0.8], [0.7, 0.1, 0.4]))
 
@@ -160,7 +161,7 @@ def test_the_gradient_is_that_of_algorithm_1_on_the_base():
     def call(model, x, t, cond):
         return model(x, t, **cond).sample
 
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student, schedules.Discrete.scaled_linear(), prediction="v_prediction", layers=layers, call=call, teacher="lora"
     )
     clean, noise = torch.randn(2, B, 4, 8, 8)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from models import ConvNet
+from paper import PaperObjective
 
-from perceptual_diffusion import Monitor, SelfPerceptualObjective, schedules
+from perceptual_diffusion import Monitor, schedules
 
 DISCRETE = schedules.Discrete.scaled_linear().zero_terminal_snr()
 
@@ -16,7 +17,7 @@ def at(model, x_t, t, cond):
 def wrap(schedule=DISCRETE, **options):
     model = ConvNet()
     given = {"prediction": "v_prediction", "layers": ["body"], "seed": 0, "call": at} | options
-    return model, SelfPerceptualObjective.wrap(model, schedule, **given)
+    return model, PaperObjective.wrap(model, schedule, **given)
 
 
 def test_means_agree_with_the_terms_of_the_calls():

@@ -9,10 +9,11 @@ import pytest
 import torch
 from algorithm1 import freeze
 from models import STREAMS, TOLERANCE, TwoStreams, distance
+from paper import PaperObjective
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion import Monitor, SelfPerceptualObjective, schedules
+from perceptual_diffusion import Monitor, schedules
 from perceptual_diffusion.nonfinite import NonFiniteError, NonFiniteWarning
 
 B = 5
@@ -38,7 +39,7 @@ class Net(nn.Module):
 def setting(seed=0, norm=False, **options):
     torch.manual_seed(seed)
     model = Net(norm)
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model, schedules.Linear(), **{"prediction": "v_prediction", "layers": "middle", "seed": 3} | options
     )
     with torch.no_grad():
@@ -302,7 +303,7 @@ def test_nested_samples_can_be_left_out(kind):
     options = {"layers": layers} if layers else {"teacher": lambda x, t, cond: [[part[None] for part in x]]}
     found = []
     for samples in (clean, less):
-        objective = SelfPerceptualObjective.wrap(
+        objective = PaperObjective.wrap(
             model, schedules.Linear(), prediction="v_prediction", nonfinite="skip", **options
         )
         t, t_prime = torch.tensor([0.2, 0.5, 0.6, 0.9]), torch.tensor([0.7, 0.1, 0.3, 0.4])
@@ -373,7 +374,7 @@ UNTOLD = {
 def late_step(read, text, gate, teacher, rows=None, **options):
     torch.manual_seed(0)
     model = Late(read, gate)
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model,
         schedules.Linear(),
         prediction="v_prediction",
@@ -416,7 +417,7 @@ def test_where_nothing_is_trained_conditions_are_split_by_the_prediction(frozen)
     def step(rows, text, read=read):
         torch.manual_seed(0)
         model = Late(read, 1.0).requires_grad_(not frozen)
-        objective = SelfPerceptualObjective.wrap(
+        objective = PaperObjective.wrap(
             model, schedules.Linear(), prediction="v_prediction", layers="middle", nonfinite="skip"
         )
         given = part_of(setting()[2], range(B) if rows is None else rows) | {"cond": {"text": text}}
@@ -438,7 +439,7 @@ def test_a_condition_that_only_the_teacher_uses_is_split_as_the_teacher_reads_it
     scale = torch.rand(B, 2)
 
     def step(rows, cond, bad):
-        objective = SelfPerceptualObjective.wrap(
+        objective = PaperObjective.wrap(
             model, schedules.Linear(), prediction="v_prediction", nonfinite="skip", call=lambda m, x, t, c: m(x, t, None),
             teacher=lambda x, t, c: [torch.tanh(x) * c["scale"].unflatten(0, (-1, 2)).mean(1).view(-1, 1, 1, 1)],
         )  # fmt: skip
@@ -519,7 +520,7 @@ def test_buffers_are_as_if_the_bad_samples_had_not_been(kind, rows):
         return Reassigning() if kind == "reassigned" else nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
 
     model, plain = student(), student()
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="v_prediction", teacher=lambda x, t, cond: [torch.tanh(x)],
         call=(lambda m, x, t, c: m(x, t)) if kind == "reassigned" else (lambda m, x, t, c: m(x)), nonfinite="skip",
     )  # fmt: skip
@@ -547,7 +548,7 @@ def test_a_graph_of_yours_that_holds_a_buffer_of_the_student_is_left_as_it_is():
             return super().forward(x) * self.scale
 
     model, given = Scaled(), setting()[2]
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="v_prediction", teacher=lambda x, t, cond: [torch.tanh(x)],
         call=lambda m, x, t, c: m(x), nonfinite="skip",
     )  # fmt: skip
@@ -677,7 +678,7 @@ BEHIND = {
 @pytest.mark.parametrize("began", BEHIND)
 def test_in_float16_the_error_says_what_overflows(began):
     """Finite in float32, and beyond 65504 where the teacher is given it, or adds it up."""
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Cosine(), prediction="v_prediction", nonfinite="raise", distance="cosine",
         teacher=lambda x, t, cond: [x.flatten(1) * x.flatten(1)[:, :1] / 100],
     )  # fmt: skip
@@ -693,7 +694,7 @@ def test_in_float16_the_error_says_what_overflows(began):
 
 
 def test_a_message_names_eight_samples_at_most():
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="v_prediction", teacher=lambda x, t, cond: [x], nonfinite="raise"
     )
     clean = torch.full((20, 3), NAN)
@@ -829,7 +830,7 @@ def test_the_check_of_a_set_up_names_bad_data_itself():
 def test_a_teacher_that_gives_no_gradient_to_look_at_is_refused():
     from torch.utils.checkpoint import checkpoint
 
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="v_prediction", nonfinite="raise",
         teacher=lambda x, t, cond: [checkpoint(torch.tanh, x, use_reentrant=True)],
     )  # fmt: skip
@@ -1008,6 +1009,6 @@ def test_weights_of_the_teacher_that_are_not_finite_are_named():
     model, _, data = setting()
     with torch.no_grad():
         model.first.weight.fill_(NAN)
-    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), prediction="v_prediction", layers="middle")
+    objective = PaperObjective.wrap(model, schedules.Linear(), prediction="v_prediction", layers="middle")
     with pytest.raises(ValueError, match="the teacher's layer 'middle' gives NaN or infinity"):
         trained(model, objective, data)

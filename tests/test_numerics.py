@@ -10,8 +10,9 @@ import itertools
 import pytest
 import torch
 from models import distance
+from paper import PaperObjective
 
-from perceptual_diffusion import SelfPerceptualObjective, distances, timesteps
+from perceptual_diffusion import distances, timesteps
 from perceptual_diffusion.nonfinite import NonFiniteError
 from perceptual_diffusion.parameterizations import (
     EPSILON,
@@ -164,11 +165,11 @@ def objective_of(name, kind, **options):
     options = {"schedule": schedule, "prediction": prediction, "teacher": lambda x, t, cond: [x]} | options
     good = regular(name, kind, schedule.grid())
     if good.all():
-        return SelfPerceptualObjective(**options)
+        return PaperObjective(**options)
     with pytest.raises(ValueError, match=rf"'{kind}' cannot give back .*`t_range=\(low, high\)`"):
-        SelfPerceptualObjective(**options)
+        PaperObjective(**options)
     inside = schedule.grid()[good]
-    return SelfPerceptualObjective(**options, t_range=(float(inside[0]), float(inside[-1])))
+    return PaperObjective(**options, t_range=(float(inside[0]), float(inside[-1])))
 
 
 def step(objective, tensors, t, t_prime, dtype):
@@ -285,7 +286,7 @@ def test_features_up_to_6e4_in_float16_give_a_finite_loss_and_the_right_gradient
             features = torch.tanh(x).to(torch.float16).to(dtype)  # as many digits in both
             return [features * scale.to(dtype)]
 
-        objective = SelfPerceptualObjective(
+        objective = PaperObjective(
             schedule=Linear(), prediction="v_prediction", teacher=teacher, distance=name, nonfinite="raise",
             weight=lambda t: 1 + t,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The objective: equal to Algorithm 1 in loss and gradient, exact where theory is exact, and strict about its input."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -10,8 +11,9 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MLP, TOLERANCE, ConvNet, TwoStreams, distance, unet
+from paper import PaperObjective
 
-from perceptual_diffusion import SelfPerceptualObjective, parameterizations, schedules, timesteps
+from perceptual_diffusion import PAPER, SelfPerceptualObjective, parameterizations, schedules, timesteps
 from perceptual_diffusion import objective as module
 from perceptual_diffusion.parameterizations import edm
 
@@ -76,7 +78,7 @@ class Setup:
         self.t, self.t_prime = torch.tensor(extra["t"]), torch.tensor(extra["t_prime"])
         self.student = unet()
         self.frozen = freeze(self.student)
-        self.objective = SelfPerceptualObjective.wrap(
+        self.objective = PaperObjective.wrap(
             self.student, self.schedule, prediction=edm(0.5) if kind == "edm" else kind, layers=list(layers),
             call=self.call, **{"t_range": extra.get("t_range")} | options,
         )  # fmt: skip
@@ -189,6 +191,44 @@ def test_mse_weight_adds_that_much_of_the_mean_squared_error(kind):
     )
 
 
+def test_the_default_is_l_mse_plus_l_sp_of_normalised_features_at_weighted_times():
+    """Decision 15. Wrapped with no options, and built by hand."""
+    setup = Setup(kind="v_prediction")
+    student = unet().eval()
+    student.load_state_dict(setup.frozen.state_dict())
+    wrapped = SelfPerceptualObjective.wrap(student, setup.schedule, prediction="v_prediction")
+    built = SelfPerceptualObjective(
+        schedule=setup.schedule, prediction="v_prediction", teacher=setup.objective.teacher, call=setup.call
+    )
+    sampler, seed = timesteps.Contributing(), torch.Generator
+    setup.t_prime = sampler(setup.schedule, setup.clean, t=setup.t, generator=seed().manual_seed(3))
+    weight = sampler.weight(setup.schedule, setup.t, setup.t_prime).float()
+    alpha, sigma = setup.at(setup.t)
+    target = setup.mix(-sigma, alpha)
+    given = {"clean": setup.clean, "noise": setup.noise, "t": setup.t, "cond": setup.cond, "reduction": "none"}
+    for objective in (wrapped, built):
+        assert_equal_to_algorithm1(
+            setup,
+            lambda p, o=objective: o.loss(p, generator=seed().manual_seed(3), **given),
+            lambda p: weight * setup.expected(p, distance="normalised") + (p - target).square().mean((1, 2, 3)),
+        )
+
+
+def test_the_papers_options_are_those_that_differ_from_the_default():
+    defaults = inspect.signature(SelfPerceptualObjective.__init__).parameters
+    own = {name: p.default for name, p in defaults.items() if p.default is not p.empty}
+    of_wrap = inspect.signature(SelfPerceptualObjective.wrap).parameters
+    resolved = {"call", "output", "t", "t_prime"}  # None: what the adapter, the scheduler and the teacher say
+    assert {name: of_wrap[name].default for name in own if name not in resolved} == {
+        name: value for name, value in own.items() if name not in resolved
+    }
+    assert all(of_wrap[name].default is None for name in resolved)
+    assert dict(PAPER) == {"distance": "mse", "mse_weight": 0.0, "t_prime": "uniform"}
+    assert all(own[name] != value for name, value in PAPER.items())
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        PAPER["mse_weight"] = 1.0
+
+
 MIN_SNR = {  # Hang et al. 2023, section 3.4, for the prediction of noise, of the clean sample and of v
     "epsilon": lambda snr: snr.clamp(max=5) / snr,
     "sample": lambda snr: snr.clamp(max=5),
@@ -236,7 +276,7 @@ def bare(case="scaled_linear", kind="epsilon", **options):
     """An objective whose teacher is the identity, so that samples of any shape pass."""
     schedule, *_, extra = CASES[case]
     options = {"t_range": extra.get("t_range"), "teacher": lambda x, t, cond: [x]} | options
-    return SelfPerceptualObjective(schedule=schedule, prediction=OTHER.get(kind, kind), **options)
+    return PaperObjective(schedule=schedule, prediction=OTHER.get(kind, kind), **options)
 
 
 def times(objective, count):
@@ -371,7 +411,7 @@ def test_low_precision_is_close_to_float64(case, kind, dtype):
 def test_gradcheck_of_the_whole_objective(case, kind, formulation):
     schedule, *_, extra = CASES[case]
     student = MLP().double()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student, schedule, prediction=OTHER.get(kind, kind), layers=["first", "middle"], formulation=formulation,
         mse_weight=0.5, call=lambda model, x, t, cond: model(x, extra["unit"](t.double()) / 1000),
     )  # fmt: skip
@@ -389,7 +429,7 @@ def test_gradcheck_of_the_whole_objective(case, kind, formulation):
 
 def small(student=None, **options):
     student = student or ConvNet()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student, **{"schedule": schedules.Linear(), "prediction": "v_prediction", "layers": "body"} | options
     )
     with torch.no_grad():
@@ -502,9 +542,7 @@ def test_rng_state_continues_the_stream():
     objective(student, clean)
     state = objective.rng_state()
     expected = [objective(student, clean).item() for _ in range(2)]
-    resumed = SelfPerceptualObjective(
-        schedule=objective.schedule, prediction="v_prediction", teacher=objective.teacher, seed=99
-    )
+    resumed = PaperObjective(schedule=objective.schedule, prediction="v_prediction", teacher=objective.teacher, seed=99)
     resumed.set_rng_state(state)
     assert [resumed(student, clean).item() for _ in range(2)] == expected
 
@@ -572,7 +610,7 @@ def test_nested_samples_equal_algorithm_1_on_the_flat_ones(formulation):
         return torch.cat([out.flatten(1) for out in model(nest(x), t).values()], 1)
 
     frozen = freeze(student)
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student, schedules.Linear(), prediction="flow_prediction", layers=["see", "join"], formulation=formulation
     )
     clean, noise, flat = torch.randn(3, 4, 79)
@@ -616,9 +654,9 @@ def test_a_teacher_may_say_its_own_t_prime():
     def teacher(x, t, cond):
         return [x]
 
-    assert isinstance(small(teacher=teacher)[1].t_prime, timesteps.Uniform)
+    assert isinstance(small(teacher=teacher, t_prime=None)[1].t_prime, timesteps.Contributing)
     teacher.t_prime = "clean"
-    assert isinstance(small(teacher=teacher)[1].t_prime, timesteps.Clean)
+    assert isinstance(small(teacher=teacher, t_prime=None)[1].t_prime, timesteps.Clean)
     assert isinstance(small(teacher=teacher, t_prime="near")[1].t_prime, timesteps.Near)
 
 
@@ -701,7 +739,7 @@ def test_terms_hold_both_losses_without_their_graph():
 
 def test_the_condition_gets_no_gradient_through_the_teacher():
     student = MLP()
-    objective = SelfPerceptualObjective.wrap(student, schedules.Linear(), prediction="v_prediction", layers="middle")
+    objective = PaperObjective.wrap(student, schedules.Linear(), prediction="v_prediction", layers="middle")
     prediction, shift = torch.randn(4, 5, requires_grad=True), torch.ones(4, 7, requires_grad=True)
     clean, noise = torch.randn(2, 4, 5)
     objective.loss(prediction, clean=clean, noise=noise, t=torch.rand(4), cond={"shift": shift}).backward()
@@ -780,7 +818,7 @@ BAD_CONSTRUCTION = {
 def test_construction_refuses(error, message, options):
     good = {"schedule": schedules.Discrete.linear(), "prediction": "epsilon", "teacher": lambda x, t, cond: [x]}
     with pytest.raises(error, match=message):
-        SelfPerceptualObjective(**good | options)
+        PaperObjective(**good | options)
 
 
 SINGULAR = [
@@ -800,7 +838,7 @@ SINGULAR = [
 @pytest.mark.parametrize(("schedule", "kind", "message"), SINGULAR)
 def test_a_singular_pair_is_refused_at_construction(schedule, kind, message):
     with pytest.raises(ValueError, match=message):
-        SelfPerceptualObjective(schedule=schedule, prediction=kind, teacher=lambda x, t, cond: [x])
+        PaperObjective(schedule=schedule, prediction=kind, teacher=lambda x, t, cond: [x])
 
 
 def test_a_singular_end_may_be_left_out_by_t_range():
@@ -1082,7 +1120,7 @@ def test_wrap_needs_the_adapters(monkeypatch):
 
 def test_a_model_that_is_no_module_is_refused():
     with pytest.raises(TypeError, match=r"`model` is a function, expected a torch.nn.Module"):
-        SelfPerceptualObjective.wrap(lambda x, t: x, schedules.Linear(), prediction="v_prediction", layers="body")
+        PaperObjective.wrap(lambda x, t: x, schedules.Linear(), prediction="v_prediction", layers="body")
 
 
 def test_a_teacher_that_shares_weights_with_the_model_is_refused():

@@ -10,11 +10,12 @@ import torch
 from algorithm1 import algorithm1, freeze, solve, unit
 from diffusers import AutoencoderKL, DDPMScheduler
 from models import TOLERANCE, ConvNet, distance, unet
+from paper import PaperObjective
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules, timesteps
+from perceptual_diffusion import schedules, timesteps
 from perceptual_diffusion.adapters import DecoderTeacher, TimmTeacher
 from perceptual_diffusion.cli.metrics import Network
 
@@ -64,7 +65,7 @@ class Seen:
 def objective_of(schedule, prediction, teacher=None, **options):
     if isinstance(schedule, schedules.Cosine):
         options["t_range"] = (0.1, 1.0)
-    return SelfPerceptualObjective(
+    return PaperObjective(
         schedule=schedule, prediction=prediction, teacher=teacher or Seen(), t_prime="clean", **options
     )
 
@@ -140,7 +141,7 @@ def test_a_given_t_prime_is_told_to_the_teacher_and_nothing_is_noised_to_it():
 
 def test_the_copy_of_the_model_at_the_clean_end_equals_its_features_of_the_clean_estimate():
     student, t, t_prime = unet().eval(), torch.tensor([500, 900]), torch.tensor([0, 0])
-    objective = SelfPerceptualObjective.wrap(student, DDPMScheduler(), t_prime="clean")
+    objective = PaperObjective.wrap(student, DDPMScheduler(), t_prime="clean")
     clean, noise, predicted = torch.randn(3, 2, 3, 8, 8)
     predicted.requires_grad_()
     loss = objective.loss(predicted, clean=clean, noise=noise, t=t, cond=LABELS)
@@ -304,7 +305,7 @@ def test_backbone_and_decoder_are_frozen_and_never_move():
     model, decode = backbone("test_vit").train(), nn.Conv2d(3, 3, 1).train()
     teacher = TimmTeacher(model, decode=decode)
     before = [p.clone() for m in (model, decode) for p in m.parameters()]
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student := ConvNet(), schedules.Linear(), prediction="flow_prediction", layers=["body"], teacher=teacher,
         t_prime="clean",
     )  # fmt: skip

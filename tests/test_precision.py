@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from models import conditional_unet, distance, dit
+from paper import PaperObjective
 from torch import nn
 from zoo import NO_CPU_BACKWARD, ROWS, B, build, normal
 
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 from perceptual_diffusion._shapes import leaves, map_leaves
 from perceptual_diffusion.checks import SetupError, check
 from perceptual_diffusion.precision import Precision, is_held
@@ -180,7 +181,7 @@ def test_student_and_teacher_in_bfloat16_run_as_before():
     """What is given in float32 goes to the teacher as it goes to the student."""
     model, tiny = sdxl()
     model = model.to(BF16)
-    objective = SelfPerceptualObjective.wrap(model, tiny.scheduler())
+    objective = PaperObjective.wrap(model, tiny.scheduler())
     clean = tiny.clean.to(BF16)
     cond = {
         "encoder_hidden_states": tiny.cond["encoder_hidden_states"].to(BF16),
@@ -214,7 +215,7 @@ def test_weights_of_several_dtypes_run_on_a_float32_sample():
 def test_a_first_layer_in_float32_brings_a_transformer_closer():
     """Its residual stream then stays in float32; near t' the difference of the two passes is small."""
     student = loud_dit()
-    objective = SelfPerceptualObjective.wrap(student, DDPMScheduler(prediction_type="v_prediction"))
+    objective = PaperObjective.wrap(student, DDPMScheduler(prediction_type="v_prediction"))
     x, cond = normal(4, 4, 8, 8), {"class_labels": torch.tensor([1, 2, 3, 4])}
     near, t = x + 0.03 * normal(4, 4, 8, 8, seed=2), torch.tensor([100, 300, 600, 900])
 
@@ -235,7 +236,7 @@ def test_a_first_layer_in_float32_brings_a_transformer_closer():
 def test_the_copy_in_half_precision_is_given_unrounded_sizes():
     model, tiny = sdxl()
     full, half = (
-        SelfPerceptualObjective.wrap(model, tiny.scheduler(), teacher_dtype=dtype, truncate=False).teacher
+        PaperObjective.wrap(model, tiny.scheduler(), teacher_dtype=dtype, truncate=False).teacher
         for dtype in (None, BF16)
     )
     seen, cond = entering(half.module.add_time_proj), sized(tiny, SIZES)
@@ -308,7 +309,7 @@ def test_what_a_half_precision_teacher_fails_with_is_the_cause_as_in_float32(fau
             passes.append(1)
             raise fault
 
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         Failing(), schedules.Linear(), prediction="flow_prediction", layers="last", teacher_dtype=BF16, truncate=False,
         call=lambda model, x, t, cond: model(x, t, **cond),
     )  # fmt: skip
@@ -385,7 +386,7 @@ def quantised(ao, config, dtype=torch.float32):
     module = copy.deepcopy(student).to(dtype)
     ao.quantize_(module, getattr(ao, config)())
     scheduler = DDPMScheduler(prediction_type="v_prediction")
-    objectives = [SelfPerceptualObjective.wrap(student, scheduler, teacher=given) for given in ("copy", module)]
+    objectives = [PaperObjective.wrap(student, scheduler, teacher=given) for given in ("copy", module)]
     return student, objectives, {"clean": normal(4, 4, 8, 8), "cond": {"class_labels": torch.tensor([1, 2, 3, 4])}}
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from models import ConvNet, TwoStreams, conditional_unet, dit, unet
+from paper import PaperObjective
 from torch import nn
 from zoo import build
 
-from perceptual_diffusion import SelfPerceptualObjective, parameterizations, schedules
+from perceptual_diffusion import parameterizations, schedules
 from perceptual_diffusion.inspection import Probe, probe_layers
 from perceptual_diffusion.inspection.measure import Setting
 from perceptual_diffusion.inspection.perturb import dot, of_norm, perturbations
@@ -173,7 +174,7 @@ def test_changes_are_what_they_are_called():
 
 def test_a_changed_sample_is_the_clean_one_changed_and_noised_as_before():
     clean = pictures()
-    objective = SelfPerceptualObjective.wrap(ConvNet(channels=4), layers="body", **LINEAR)
+    objective = PaperObjective.wrap(ConvNet(channels=4), layers="body", **LINEAR)
     generator = torch.Generator().manual_seed(0)
     setting = Setting(base=objective, clean=clean, cond={}, bands=1, spatial=None, generator=generator)
     at = setting.round(objective.teacher.module, 0, 0.2, 0.9)

@@ -8,9 +8,10 @@ from collections import namedtuple
 import pytest
 import torch
 from algorithm1 import DISTANCES
+from paper import PaperObjective
 from torch import nn
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -138,7 +139,7 @@ class Setup:
         make = STRUCTURES[structure]
         self.clean, self.noise, self.predicted, self.x_t = (make(Sizes(seed)) for seed in range(4))
         self.schedule = schedule
-        self.objective = SelfPerceptualObjective(
+        self.objective = PaperObjective(
             schedule={"linear": schedules.Linear(), "cosine": schedules.Cosine()}[schedule],
             prediction={"linear": "flow_prediction", "cosine": "v_prediction"}[schedule], teacher=teacher, **options,
         )  # fmt: skip
@@ -249,7 +250,7 @@ def test_samples_keep_their_dtype_and_the_loss_is_float32(structure, dtype):
     setup.clean, setup.noise, setup.predicted = map(low, (setup.clean, setup.noise, setup.predicted))
     x_t = setup.objective.add_noise(setup.clean, setup.noise, setup.t)
     assert same_structure(x_t, setup.clean)
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="flow_prediction",
         teacher=lambda x, t, cond: teacher(nested_as(x, torch.Tensor.double), t, cond),
     )  # fmt: skip
@@ -293,9 +294,7 @@ class Rows(nn.Module):
 def wrapped(model=None, **options):
     torch.manual_seed(0)
     model = model or Rows()
-    objective = SelfPerceptualObjective.wrap(
-        model, schedules.Linear(), prediction="flow_prediction", layers="middle", **options
-    )
+    objective = PaperObjective.wrap(model, schedules.Linear(), prediction="flow_prediction", layers="middle", **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -451,7 +450,7 @@ BAD = {
 
 @pytest.mark.parametrize(("error", "message", "options"), marked(BAD))
 def test_a_bad_list_is_refused(error, message, options):
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="flow_prediction", teacher=lambda x, t, cond: [[row[None] for row in x]]
     )
     arguments = {"clean": LIST, "t": torch.tensor([0.1, 0.5, 0.9])} | options
@@ -465,7 +464,7 @@ NONE = {"a sample of no numbers": ([X, Y[:0], Z],), "a tensor of no numbers": (t
 
 @pytest.mark.parametrize("clean", marked(NONE))
 def test_a_sample_of_no_numbers_has_no_error(clean):
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="flow_prediction", mse_weight=1.0,
         teacher=lambda x, t, cond: [torch.stack([row.sum()[None] for row in x])],
     )  # fmt: skip
@@ -497,7 +496,7 @@ FEATURES = {
 
 @pytest.mark.parametrize(("error", "message", "features"), FEATURES.values(), ids=FEATURES)
 def test_bad_features_of_a_list_are_refused(error, message, features):
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="flow_prediction", teacher=lambda x, t, cond: features(x)
     )
     predicted = [x.clone().requires_grad_() for x in LIST]
@@ -506,7 +505,7 @@ def test_bad_features_of_a_list_are_refused(error, message, features):
 
 
 def test_a_distance_that_loses_the_sample_is_named_for_a_list_too():
-    objective = SelfPerceptualObjective(
+    objective = PaperObjective(
         schedule=schedules.Linear(), prediction="flow_prediction", distance=lambda f, g: (f - g).square().mean(),
         teacher=lambda x, t, cond: [[row[None] for row in x]],
     )  # fmt: skip

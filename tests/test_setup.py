@@ -4,10 +4,11 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler
 from models import ConvNet, dit, unet
+from paper import PaperObjective
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules, taps
+from perceptual_diffusion import schedules, taps
 from perceptual_diffusion.adapters import _registry
 
 LABELS = {"class_labels": torch.tensor([0, 1])}
@@ -27,14 +28,14 @@ def times_given(objective, model, t):
 @pytest.mark.parametrize("schedule", [schedules.Linear(), schedules.Linear(scale=1000), schedules.Cosine()])
 def test_a_family_that_wants_0_to_1000_gets_that_on_every_path(schedule):
     model = unet()
-    objective = SelfPerceptualObjective.wrap(model, schedule, prediction="v_prediction")
+    objective = PaperObjective.wrap(model, schedule, prediction="v_prediction")
     t = torch.tensor([0.25, 0.75]) * schedule.high
     torch.testing.assert_close(times_given(objective, model, t), torch.tensor([250.0, 750.0]))
 
 
 def test_indices_and_calls_of_the_users_own_are_left_alone():
     model = unet()
-    objective = SelfPerceptualObjective.wrap(model, schedules.Discrete.linear(), prediction="epsilon")
+    objective = PaperObjective.wrap(model, schedules.Discrete.linear(), prediction="epsilon")
     assert times_given(objective, model, torch.tensor([3, 999])).tolist() == [3, 999]
     seen = []
 
@@ -43,7 +44,7 @@ def test_indices_and_calls_of_the_users_own_are_left_alone():
         return model(x_t, t, **cond)
 
     clean, noise = torch.randn(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)
-    objective = SelfPerceptualObjective.wrap(model, EDMEulerScheduler(), call=call)
+    objective = PaperObjective.wrap(model, EDMEulerScheduler(), call=call)
     objective(model, clean, cond=LABELS, noise=noise, t=torch.tensor([50.0, 2.0]))
     assert torch.equal(seen[0][0], clean)
     assert seen[0][1].tolist() == [50.0, 2.0]
@@ -53,20 +54,20 @@ def test_a_family_whose_time_cannot_be_told_is_refused():
     with pytest.raises(
         ValueError, match="`call` is missing: models of the family UNet2DModel take a time as 'timestep'"
     ):
-        SelfPerceptualObjective.wrap(unet(), schedules.EDM(), prediction="v_prediction")
+        PaperObjective.wrap(unet(), schedules.EDM(), prediction="v_prediction")
 
 
 def test_a_family_is_given_its_own_time_on_a_path_that_begins_with_noise():
     model, seen = unet(), []
     schedule = schedules.Interpolant(lambda t: t, lambda t: 1 - t)
-    objective = SelfPerceptualObjective.wrap(model, schedule, prediction="v_prediction")
+    objective = PaperObjective.wrap(model, schedule, prediction="v_prediction")
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
     objective(model, torch.randn(2, 3, 16, 16), cond=LABELS, t=torch.tensor([0.25, 1.0]))
     assert seen[0].tolist() == [750.0, 0.0]
 
 
 def objective_of(teacher, **options):
-    return SelfPerceptualObjective(
+    return PaperObjective(
         schedule=schedules.Linear(), prediction="v_prediction", teacher=teacher, call=lambda m, x, t, c: m(x), **options
     )
 
@@ -85,7 +86,7 @@ def test_a_teacher_without_a_gradient_is_refused_also_beside_the_mse(teacher):
 
 def test_a_teacher_on_another_device_says_how_to_move_it():
     model = ConvNet()
-    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), prediction="v_prediction", layers="body")
+    objective = PaperObjective.wrap(model, schedules.Linear(), prediction="v_prediction", layers="body")
     objective.to("meta")
     with pytest.raises(ValueError, match=r"the teacher is on meta, expected cpu.*`objective.to\('cpu'\)`"):
         objective(model, torch.randn(2, 3, 6, 6))
@@ -94,9 +95,9 @@ def test_a_teacher_on_another_device_says_how_to_move_it():
 def test_a_part_compiled_on_its_own_is_unwrapped_in_the_copy():
     model, x, t = ConvNet(), torch.randn(2, 3, 6, 6), torch.tensor([0.2, 0.7])
     options = {"prediction": "v_prediction", "layers": "body"}
-    plain = SelfPerceptualObjective.wrap(model, schedules.Linear(), **options)
+    plain = PaperObjective.wrap(model, schedules.Linear(), **options)
     model.body = torch.compile(model.body, backend="eager")
-    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), **options)
+    objective = PaperObjective.wrap(model, schedules.Linear(), **options)
     assert not any("_orig_mod" in module._modules for module in objective.teacher.module.modules())
     assert torch.equal(objective.teacher(x, t, {})[0], plain.teacher(x, t, {})[0])
 
@@ -105,7 +106,7 @@ def test_averaged_weights_are_a_teacher():
     model = ConvNet()
     averaged = AveragedModel(model)
     assert taps.unwrap(averaged) is averaged.module
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model, schedules.Linear(), prediction="v_prediction", layers="body", teacher=averaged
     )
     assert objective(model, torch.randn(2, 3, 6, 6)).requires_grad
@@ -128,7 +129,7 @@ def test_a_teacher_that_gives_no_features_is_named_also_in_training(gives):
 
 def test_a_known_family_keeps_its_output_beside_layers_and_a_call_given_by_hand():
     model, clean = dit(), torch.randn(2, 4, 8, 8)
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model,
         schedules.Discrete.linear(),
         prediction="epsilon",
@@ -150,4 +151,4 @@ def test_a_broken_plug_in_is_not_taken_for_a_missing_one(monkeypatch):
     monkeypatch.setattr(_registry, "entry_points", lambda group: [Broken()])
     monkeypatch.setattr(_registry, "_loaded_entry_points", False)
     with pytest.raises(ValueError, match=r"'mine:register' .* cannot be loaded: no such module"):
-        SelfPerceptualObjective.wrap(ConvNet(), schedules.Linear(), prediction="v_prediction", layers="body")
+        PaperObjective.wrap(ConvNet(), schedules.Linear(), prediction="v_prediction", layers="body")

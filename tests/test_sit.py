@@ -5,10 +5,11 @@ import torch
 from algorithm1 import algorithm1, freeze
 from diffusers import DDPMScheduler
 from models import distance
+from paper import PaperObjective
 from timm_models import dit, sit
 from torch import nn
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 from perceptual_diffusion.adapters import find
 from perceptual_diffusion.adapters._registry import without_variance
 
@@ -27,12 +28,12 @@ def table(t):
 
 CASES = {
     "DiT": (
-        dit, lambda model, **more: SelfPerceptualObjective.wrap(model, DDPMScheduler(), **more), table,
+        dit, lambda model, **more: PaperObjective.wrap(model, DDPMScheduler(), **more), table,
         torch.tensor([[20, 500, 980], [400, 30, 700]]), {"kind": "epsilon"},
     ),
     "SiT": (
         sit,
-        lambda model, **more: SelfPerceptualObjective.wrap(
+        lambda model, **more: PaperObjective.wrap(
             model, schedules.Linear(reverse=True), prediction="-flow_prediction", **more
         ),
         lambda t: (t, 1 - t), torch.tensor([[0.05, 0.5, 0.9], [0.7, 0.2, 0.4]]),
@@ -74,7 +75,7 @@ def test_a_transformer_of_timms_layers_wraps_in_one_line_and_equals_algorithm_1(
 
 def test_the_loss_of_an_output_with_its_variance_is_that_of_the_output_without():
     student = dit()
-    objective = SelfPerceptualObjective.wrap(student, DDPMScheduler())
+    objective = PaperObjective.wrap(student, DDPMScheduler())
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     t, t_prime = CASES["DiT"][3]
     output = student(clean, t, **LABELS).detach().requires_grad_()
@@ -119,7 +120,7 @@ def test_the_first_half_of_twice_the_channels_is_the_prediction_of_an_unknown_mo
     output = model(x, torch.zeros(2))
     assert torch.equal(find(model).output(output, x), output.narrow(dim, 0, shape[dim]))
     assert torch.equal(find(model).output((output, None), x), output.narrow(dim, 0, shape[dim]))
-    objective = SelfPerceptualObjective.wrap(model, schedules.Linear(), prediction="flow_prediction")
+    objective = PaperObjective.wrap(model, schedules.Linear(), prediction="flow_prediction")
     assert objective(model, x).requires_grad
 
 

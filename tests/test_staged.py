@@ -6,13 +6,14 @@ import logging
 import pytest
 import torch
 from algorithm1 import freeze
+from paper import PaperObjective
 from test_conformance import NAMES, Case
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from zoo.nested import leaves, mapped
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules, staged
+from perceptual_diffusion import schedules, staged
 from perceptual_diffusion.teachers import CopyTeacher
 
 pytestmark = [
@@ -54,7 +55,7 @@ def setting(model=None, *, cond=None, seed=0, **options):
         "clean": torch.randn(B, 3, 6, 5), "noise": torch.randn(B, 3, 6, 5), "t": torch.tensor([0.1, 0.4, 0.7, 0.9]),
         "t_prime": torch.tensor([0.6, 0.1, 0.2, 0.3]), "cond": cond or {},
     }  # fmt: skip
-    return model, (lambda **more: SelfPerceptualObjective.wrap(model, schedules.Linear(), **options | more)), given
+    return model, (lambda **more: PaperObjective.wrap(model, schedules.Linear(), **options | more)), given
 
 
 def gradients(objective, given, prediction, weights=WEIGHTS):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from algorithm1 import algorithm1, freeze
 from models import MLP, TOLERANCE, ConvNet, conditional_unet, distance, dit, unet
+from paper import PaperObjective
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 from perceptual_diffusion.teachers import CopyTeacher, ModuleTeacher
 
 LABELS = {"class_labels": torch.tensor([1, 2])}
@@ -41,7 +42,7 @@ class Setup:
         make, channels, self.cond, layer = FAMILIES[family]
         self.student = make().eval() if student is None else student  # in train mode the DiT drops labels at random
         self.layers = layers or [layer]
-        self.objective = SelfPerceptualObjective.wrap(
+        self.objective = PaperObjective.wrap(
             self.student, schedules.Discrete.scaled_linear(), prediction="v_prediction", layers=self.layers,
             call=call, **options,
         )  # fmt: skip
@@ -151,7 +152,7 @@ def test_the_teacher_does_not_move_while_the_student_trains():
 
 def test_batchnorm_statistics_move_by_the_students_pass_only():
     student = ConvNet(norm=True).train()
-    objective = SelfPerceptualObjective.wrap(student, schedules.Linear(), prediction="v_prediction", layers="body")
+    objective = PaperObjective.wrap(student, schedules.Linear(), prediction="v_prediction", layers="body")
     clean, noise, t, t_prime = *torch.randn(2, 4, 3, 6, 6), torch.rand(4), torch.rand(4)
     expected = freeze(student).train()
     expected(objective.add_noise(clean, noise, t), t)
@@ -368,7 +369,7 @@ def test_a_teacher_of_another_dtype_takes_float32_latents_and_conditions(dtype):
 
 def test_features_of_a_half_precision_teacher_are_compared_in_float32():
     student = MLP().half()
-    objective = SelfPerceptualObjective.wrap(student, schedules.Linear(), prediction="v_prediction", layers="last")
+    objective = PaperObjective.wrap(student, schedules.Linear(), prediction="v_prediction", layers="last")
     with torch.no_grad():
         objective.teacher.module.last.weight.mul_(20000)
     clean, noise, prediction = torch.randn(3, 4, 5).half()
@@ -451,7 +452,7 @@ def test_the_students_hooks_are_not_copied_not_even_for_a_moment():
 
 def test_a_teacher_under_no_grad_is_refused():
     student = ConvNet()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         student,
         schedules.Linear(),
         prediction="v_prediction",
@@ -526,7 +527,7 @@ def test_a_module_that_checkpoints_itself_gives_the_gradient_and_keeps_none():
     for own in (False, True):
         torch.manual_seed(0)
         student = ADM(own)
-        objective = SelfPerceptualObjective.wrap(
+        objective = PaperObjective.wrap(
             student, schedules.Linear(), prediction="flow_prediction", layers="middle_block"
         )
         generator = torch.Generator().manual_seed(1)

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import ConvNet
+from paper import PaperObjective
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules, timesteps
+from perceptual_diffusion import schedules, timesteps
 from perceptual_diffusion.schedules import EDM, Cosine, Discrete, Interpolant, Linear
 from perceptual_diffusion.timesteps import Clean, Contributing, LogitNormal, Near, Shifted, Uniform
 
@@ -502,7 +503,7 @@ def test_the_expected_gradient_under_contributing_is_that_under_uniform(micro_ba
     """The exact expectation over t': each of its values once, times its probability, by hand."""
     model = ConvNet().double()
     sampler = Given()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model, SHORT, prediction="v_prediction", layers="body", t_prime=sampler, distance="normalised",
         mse_weight=mse_weight, weight=weight, micro_batch=micro_batch,
     )  # fmt: skip
@@ -537,7 +538,7 @@ def test_the_expected_gradient_under_contributing_is_that_under_uniform(micro_ba
 
 def test_contributing_by_name_is_weighted_and_drawn_by_the_objective():
     model = ConvNet()
-    objective = SelfPerceptualObjective.wrap(
+    objective = PaperObjective.wrap(
         model, SHORT, prediction="v_prediction", layers="body", t_prime="contributing", seed=0
     )
     t, (clean, noise) = torch.arange(12), torch.randn(2, 12, 3, 5, 5)

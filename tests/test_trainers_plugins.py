@@ -13,11 +13,10 @@ import torch
 import trainer_tools
 from algorithm1 import freeze
 from models import conditional_unet
+from paper import PaperObjective
 from peft import LoraConfig
 from torch.nn.functional import mse_loss
 from trainer_tools import PLUGINS, STANDINS, same_gradient, scheduler, sp
-
-from perceptual_diffusion import SelfPerceptualObjective
 
 plugins, t_primes = trainer_tools.plugins, trainer_tools.t_primes
 # diffusers 0.42 turns torch tensors to numpy the old way under numpy 2
@@ -153,9 +152,7 @@ def lit_module(pl, unet):
         def __init__(self):
             super().__init__()
             self.unet, self.losses = unet, []
-            self.objective = SelfPerceptualObjective.wrap(
-                unet, scheduler(), distance="normalised", mse_weight=1.0, seed=7
-            )
+            self.objective = PaperObjective.wrap(unet, scheduler(), distance="normalised", mse_weight=1.0, seed=7)
 
         def training_step(self, batch, index):
             loss = self.objective(self.unet, batch["latents"], cond={"encoder_hidden_states": batch["text"]})

@@ -37,6 +37,7 @@ from _sampling import sample
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from perceptual_diffusion import PAPER
 from perceptual_diffusion.cli._errors import UserError
 from perceptual_diffusion.cli.files import check_key, load_state, save_state, write
 from perceptual_diffusion.cli.training import FineTuning, Interrupted, Stop
@@ -87,7 +88,7 @@ def tuning(
     }  # fmt: skip
     return base.tuning(
         model.to(device), base.scheduler(), base.train, loss=recipe.loss or "mse", seed=seed, drop=base.drop,
-        own_average=recipe.teacher == "ema", options=recipe.options | ({"teacher": teacher} if teacher else {}),
+        own_average=recipe.teacher == "ema", options=PAPER | recipe.options | ({"teacher": teacher} if teacher else {}),
         **given | changed,
     )  # fmt: skip
 
@@ -214,14 +215,7 @@ def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: in
     recipe = RECIPES[name]
     # to count; another teacher of the same kind costs the same
     run = tuning(base, base.read(), recipe, seed, "cpu") if recipe.loss else None
-    given = {
-        "layers": _layers(run),
-        "t_prime": "uniform",
-        "distance": "mse",
-        "formulation": "joint",
-        "mse_weight": 0.0,
-        "weight": None,
-    }
+    given = {"layers": _layers(run), **PAPER, "formulation": "joint", "weight": None}
     ours = recipe.loss == "self-perceptual"
     about = {
         "table": table, "dataset": base.dataset, "base": base.name, "base_steps": base.trained,

@@ -63,7 +63,7 @@ show({"held-out emoji": emoji.held_out.images[:36]})
 # adds L_mse, and compares features whose channel vectors are brought to length one.
 
 student = copy.deepcopy(base).train()
-objective = SelfPerceptualObjective.wrap(student, scheduler, distance="normalised", mse_weight=1.0, seed=0)
+objective = SelfPerceptualObjective.wrap(student, scheduler, seed=0)
 clean = datasets.to_model(emoji.train.images[:BATCH])
 cond = {"class_labels": emoji.train.labels[:BATCH]}
 print(objective.check(student, clean, cond=cond))

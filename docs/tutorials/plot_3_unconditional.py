@@ -84,7 +84,7 @@ print(f"L_mse: the first step {history[0]:.3f}, mean of the last 20 {sum(history
 # class says where the middle is.
 
 student = copy.deepcopy(base)
-objective = SelfPerceptualObjective.wrap(student, scheduler, distance="normalised", mse_weight=1.0, seed=0)
+objective = SelfPerceptualObjective.wrap(student, scheduler, seed=0)
 print(objective.check(student, train[:BATCH]))
 
 # %%

@@ -154,7 +154,7 @@ for block in trace(base, lambda: base(x_t, torch.full((PROBED,), 0.5), **cond), 
 # ``layers=`` says otherwise.
 
 objective = SelfPerceptualObjective.wrap(
-    student, schedule, prediction="flow_prediction", distance="normalised", mse_weight=1.0, seed=0
+    student, schedule, prediction="flow_prediction", seed=0
 )
 print("the middle:", *objective.teacher.layers)
 print(objective.check(student, clean, cond=cond))

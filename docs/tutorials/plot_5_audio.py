@@ -174,7 +174,7 @@ print(f"L_mse of the last of {BASE_STEPS} steps: {train_model(base, mse, BASE_ST
 # The objective knows this class and its middle. (B, C, L) needs no other setting than pictures do.
 
 student = copy.deepcopy(base)
-objective = SelfPerceptualObjective.wrap(student, scheduler, distance="normalised", mse_weight=1.0, seed=0)
+objective = SelfPerceptualObjective.wrap(student, scheduler, seed=0)
 clean, t = train[:BATCH], torch.full((BATCH,), 500)
 print(objective.check(student, clean))
 cost = step_cost(base, lambda: base(clean, t).sample, objective.teacher.layers, sample=clean)

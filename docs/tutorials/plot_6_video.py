@@ -153,7 +153,7 @@ print(f"L_mse of the last of {BASE_STEPS} steps: {train_model(base, mse, BASE_ST
 
 student = copy.deepcopy(base)
 objective = SelfPerceptualObjective.wrap(
-    student, scheduler, distance="normalised", mse_weight=1.0, micro_batch=1, seed=0
+    student, scheduler, micro_batch=1, seed=0
 )
 clean, t = to_model(train[:BATCH]), torch.full((BATCH,), 500)
 print(objective.check(student, clean, cond=no_text(BATCH)))

@@ -34,7 +34,7 @@ class PerceptualDiffusion:
             model,
             schedules.Discrete(torch.as_tensor(diffusion.alphas_cumprod)),
             prediction=PREDICTIONS[diffusion.model_mean_type.name],
-            **{"distance": "normalised"} | options,
+            **{"mse_weight": 0.0} | options,
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -31,7 +31,7 @@ class PerceptualEDMLoss:
 
     def __init__(self, loss: Any, net: nn.Module, **options: Any) -> None:
         self.loss = loss
-        self.objective = SelfPerceptualObjective.wrap(net, schedules.EDM(), **{"distance": "normalised"} | options)
+        self.objective = SelfPerceptualObjective.wrap(net, schedules.EDM(), **{"mse_weight": 0.0} | options)
 
     def __call__(self, net: Any, images: Tensor, labels: Tensor | None = None, augment_pipe: Any = None) -> Tensor:
         """Give the elementwise loss of clean images (B, C, H, W) with their labels."""
@@ -65,7 +65,7 @@ class PerceptualKLoss:
     """
 
     def __init__(self, model: nn.Module, **options: Any) -> None:
-        self.objective = SelfPerceptualObjective.wrap(model, schedules.EDM(), **{"distance": "normalised"} | options)
+        self.objective = SelfPerceptualObjective.wrap(model, schedules.EDM(), **{"mse_weight": 0.0} | options)
 
     def __call__(self, model: Any, clean: Tensor, noise: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
         """Give the loss of clean samples (B, *) and unit noise at sigma (B,)."""

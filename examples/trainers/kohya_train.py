@@ -23,7 +23,7 @@ from perceptual_diffusion.teachers import ModuleTeacher
 class SelfPerceptual:
     """Comes before a `NetworkTrainer` among the bases of a class. `options` go to `SelfPerceptualObjective.wrap`."""
 
-    options: dict[str, Any] = {"distance": "normalised"}
+    options: dict[str, Any] = {"mse_weight": 0.0}
 
     def __init__(self) -> None:
         super().__init__()

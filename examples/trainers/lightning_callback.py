@@ -3,7 +3,7 @@
     class Model(LightningModule):
         def __init__(self):
             ...                                             # self.unet with its trained weights
-            self.objective = SelfPerceptualObjective.wrap(self.unet, scheduler, distance="normalised", mse_weight=1.0)
+            self.objective = SelfPerceptualObjective.wrap(self.unet, scheduler)
 
         def training_step(self, batch, index):
             return self.objective(self.unet, batch["latents"], cond={"encoder_hidden_states": batch["text"]})

@@ -39,7 +39,7 @@ def prepare(foundation: Any, **options: Any) -> SelfPerceptualObjective:
         prediction="flow_prediction" if flow else foundation.PREDICTION_TYPE.value,
         teacher="lora" if foundation.config.model_type == "lora" else "copy",
         call=call,
-        **{"distance": "normalised"} | options,
+        **{"mse_weight": 0.0} | options,
     ).to(foundation.accelerator.device)
 
 

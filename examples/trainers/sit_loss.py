@@ -54,7 +54,7 @@ class PerceptualTransport:
             model,
             schedule,
             prediction=PREDICTIONS.get(transport.model_type.name, velocity),
-            **{"distance": "normalised"} | options,
+            **{"mse_weight": 0.0} | options,
         )
         draw = transport.sample
 

@@ -5,7 +5,7 @@ LPIPS (Zhang et al. 2018), on tokens of a ViT such as DINO, or on features of th
 Such networks have seen clean pictures only, so they are used with `t_prime="clean"`, which compares x̂_0 with x_0:
 
     teacher = TimmTeacher(timm.create_model("vgg16", pretrained=True), decode=vae)
-    objective = SelfPerceptualObjective.wrap(model, scheduler, teacher=teacher, t_prime="clean", distance="normalised")
+    objective = SelfPerceptualObjective.wrap(model, scheduler, teacher=teacher, t_prime="clean")
 """
 
 import inspect

@@ -54,12 +54,12 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Arguments of `SelfPerceptualObjective.wrap`; the defaults are the recipe of decision 7."""
+    """Arguments of `SelfPerceptualObjective.wrap`; the defaults are those of `wrap`."""
 
     layers: tuple[str, ...] = _key((), "dotted names of the layers to compare; empty: the model's middle")
     teacher: str = _key("copy", "where the frozen weights are", words=("copy", "lora"))
     t_prime: str = _key(
-        "uniform",
+        "contributing",
         "how t' is drawn",
         words=("uniform", "near", "shifted", "logit_normal", "contributing", "clean"),
     )

@@ -27,7 +27,7 @@ LR = 1e-4
 SAMPLING_STEPS = 25
 GUIDANCE = 3.0
 BASE_STEPS = 300
-OBJECTIVE: dict[str, Any] = {"distance": "normalised", "mse_weight": 1.0}
+OBJECTIVE: dict[str, Any] = {"distance": "normalised", "mse_weight": 1.0, "t_prime": "uniform"}
 """The recipe, arguments of `SelfPerceptualObjective.wrap`: docs/decisions/0007-the-recipe-of-the-demo.md."""
 COLUMNS = 8
 MADE_BY = "perceptual-diffusion demo"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perceptual_diffusion import SelfPerceptualObjective
+from perceptual_diffusion import PAPER, SelfPerceptualObjective
 from perceptual_diffusion.cli.reference import DiT, UNet, algorithm1
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,7 +125,7 @@ class Case:
     def _wrap(self, model: nn.Module) -> SelfPerceptualObjective:
         return SelfPerceptualObjective.wrap(
             model, self.make.schedule()[0], prediction=self.make.prediction, layers=self.make.layer, seed=0,
-            call=lambda model, x_t, t, cond: model(x_t, t), **self.options,
+            call=lambda model, x_t, t, cond: model(x_t, t), **PAPER | self.options,
         )  # fmt: skip
 
     def _casting(self) -> Any:

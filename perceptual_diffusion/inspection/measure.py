@@ -114,6 +114,8 @@ class Setting:
             output=lambda predicted, clean: predicted,
             distance=self.base.distance,
             t=self.base.t,
+            t_prime="uniform",
+            mse_weight=0.0,
         )
         features = _Features()
         moved: dict[str, Tensor] = {kind: torch.zeros(self.bands, 2, dtype=torch.float64) for kind in rounds[0].changed}

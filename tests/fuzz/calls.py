@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 from models import distance
+from paper import PaperObjective
 from torch import nn
 
 from fuzz import cases, values
 from fuzz.judge import outcome
 from fuzz.values import EITHER, REFUSED, SAME
-from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
+from perceptual_diffusion import adapters, schedules
 from perceptual_diffusion._shapes import leaves, map_leaves
 from perceptual_diffusion.adapters import _registry
 from perceptual_diffusion.adapters._explained import Explained
@@ -173,7 +174,7 @@ def wraps(draw):
 def judge_wrap(call):
     model, schedule, options = call
     modules = [model] if isinstance(model, nn.Module) else []
-    objective, error = outcome(lambda: SelfPerceptualObjective.wrap(model, schedule, **options), *modules)
+    objective, error = outcome(lambda: PaperObjective.wrap(model, schedule, **options), *modules)
     if error is not None or not isinstance(model, cases.ConvNet):
         return
     clean, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

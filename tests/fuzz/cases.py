@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from algorithm1 import algorithm1, freeze
 from models import MLP, ConvNet, TwoStreams, conditional_unet, unet
+from paper import PaperObjective
 
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 from perceptual_diffusion.adapters._explained import Explained
 
 TABLE = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -48,7 +49,7 @@ class Case:
         self.frozen = freeze(self.student)
         self.call = self.call or (lambda model, x_t, t, cond: model(x_t, unit(self, t), **cond))
         make, self.scales = SCHEDULES[self.schedule]
-        self.objective = SelfPerceptualObjective.wrap(
+        self.objective = PaperObjective.wrap(
             self.student,
             make(),
             prediction=self.kind,

@@ -4,12 +4,13 @@ import copy
 
 import accelerate
 import torch
+from paper import PaperObjective
 from torch import distributed
 
 from matrix.distributing import shard
 from matrix.nets import Blocks, call_blocks
 from matrix.oracle import far
-from perceptual_diffusion import Monitor, SelfPerceptualObjective, schedules
+from perceptual_diffusion import Monitor, schedules
 
 
 def build(change, micro_batch, **options):
@@ -19,7 +20,7 @@ def build(change, micro_batch, **options):
     options = {"prediction": "flow_prediction", "layers": ["blocks.1"], "call": call_blocks} | options
 
     def wrap(teacher, size):
-        return SelfPerceptualObjective.wrap(student, schedules.Linear(), teacher=teacher, micro_batch=size, **options)
+        return PaperObjective.wrap(student, schedules.Linear(), teacher=teacher, micro_batch=size, **options)
 
     whole = wrap(copy.deepcopy(teacher), None)
     change(teacher)

@@ -2,11 +2,12 @@
 
 import torch
 from diffusers import DDPMScheduler
+from paper import PaperObjective
 from torch import distributed, nn
 
 from matrix.nets import BATCH, setting
 from matrix.oracle import trained
-from perceptual_diffusion import SelfPerceptualObjective, schedules
+from perceptual_diffusion import schedules
 
 
 def wrap(cell, base, student, **options):
@@ -16,7 +17,7 @@ def wrap(cell, base, student, **options):
     schedule = schedules.Linear() if cell.kind == "blocks" else DDPMScheduler()
     teacher = base if cell.teacher == "module" else cell.teacher
     compiled = {"backend": cell.compile} if cell.compile != "off" else False
-    return SelfPerceptualObjective.wrap(student, schedule, teacher=teacher, compile=compiled, **options)
+    return PaperObjective.wrap(student, schedule, teacher=teacher, compile=compiled, **options)
 
 
 def blocks_of(model):
