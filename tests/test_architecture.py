@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import importlib
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -236,10 +237,19 @@ EXPORTED = [
 ]  # fmt: skip
 
 
+CONSTANTS = {
+    line.target.id: text.value.value
+    for tree in TREES.values()
+    for line, text in itertools.pairwise(tree.body)
+    if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+}
+"""The text below a constant with a type."""
+
+
 @pytest.mark.parametrize(("module", "name"), EXPORTED)
 def test_every_exported_name_has_a_docstring(module, name):
     value = getattr(importlib.import_module(module), name)
-    doc = value.__doc__ or ""
+    doc = (value.__doc__ if hasattr(value, "__name__") else CONSTANTS.get(name)) or ""
     assert doc.strip()
     assert not doc.startswith(f"{name}("), "the docstring that a dataclass makes for itself"
 

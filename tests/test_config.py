@@ -1,10 +1,12 @@
 """The config file of `train`: what it may hold, and what is said of what it may not."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
+from perceptual_diffusion import SelfPerceptualObjective
 from perceptual_diffusion.cli import config
 from perceptual_diffusion.cli._errors import UserError
 
@@ -17,13 +19,11 @@ def toml(tmp_path, text, name="run.toml"):
     return path
 
 
-def test_the_defaults_are_the_recipe_of_decision_7(tmp_path):
+def test_the_defaults_are_those_of_wrap(tmp_path):
     read = config.load(toml(tmp_path, TOP))
-    assert (read.objective.distance, read.objective.mse_weight, read.objective.t_prime) == (
-        "normalised",
-        1.0,
-        "uniform",
-    )
+    own = inspect.signature(SelfPerceptualObjective.__init__).parameters  # `wrap` leaves t' to the teacher
+    for name in ("distance", "mse_weight", "t_prime", "formulation", "micro_batch"):
+        assert getattr(read.objective, name) == own[name].default
     assert read.training == config.Training()
     assert read.objective == config.Objective()
 
