@@ -153,9 +153,7 @@ for block in trace(base, lambda: base(x_t, torch.full((PROBED,), 0.5), **cond), 
 # ``wrap`` finds the middle of a model that it does not know by a general rule, here the list of equal blocks.
 # ``layers=`` says otherwise.
 
-objective = SelfPerceptualObjective.wrap(
-    student, schedule, prediction="flow_prediction", seed=0
-)
+objective = SelfPerceptualObjective.wrap(student, schedule, prediction="flow_prediction", seed=0)
 print("the middle:", *objective.teacher.layers)
 print(objective.check(student, clean, cond=cond))
 

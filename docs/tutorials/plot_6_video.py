@@ -152,9 +152,7 @@ print(f"L_mse of the last of {BASE_STEPS} steps: {train_model(base, mse, BASE_ST
 # large, so memory is what runs out first: ``micro_batch=1`` lets one clip at a time through the teacher.
 
 student = copy.deepcopy(base)
-objective = SelfPerceptualObjective.wrap(
-    student, scheduler, micro_batch=1, seed=0
-)
+objective = SelfPerceptualObjective.wrap(student, scheduler, micro_batch=1, seed=0)
 clean, t = to_model(train[:BATCH]), torch.full((BATCH,), 500)
 print(objective.check(student, clean, cond=no_text(BATCH)))
 cost = step_cost(base, lambda: base(clean, t, **no_text(BATCH)).sample, objective.teacher.layers, sample=clean)
