@@ -111,7 +111,7 @@ def probe_layers(
         call: `(model, x_t, t, cond) -> output`.
         output: `(output, x_t) -> prediction`.
         t_prime: sampler of t' in L_sp.
-        distance: of L_sp.
+        distance: of L_sp; the paper's by default, and not that of `wrap`.
         t_range: the smallest and the largest t; by default all of the schedule.
         bands: number of bands into which the times are cut, equal in rank.
         draws: how often each sample is noised in each band.
