@@ -191,6 +191,24 @@ def test_the_average_that_taught_can_be_trained_on(small, capsys):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("name", "falls"), [("recommended", False), ("recommended, falling rate", True)])
+def test_a_falling_rate_reaches_zero_when_the_steps_are_done(small, name, falls, monkeypatch, capsys):
+    stop = run.Budget(1e6)
+    run.train_base(replace(small, steps=2), "cpu", stop, 2, n=24)
+    monkeypatch.setitem(run.RECIPES, name, replace(run.RECIPES[name], steps=60))
+    rates, step = [], run.FineTuning.step
+
+    def noted(self):
+        row = step(self)
+        rates.append(self.optimizer.param_groups[0]["lr"] / self.lr)
+        return row
+
+    monkeypatch.setattr(run.FineTuning, "step", noted)
+    run.fine_tuned(small, name, 0, "cpu", stop)
+    assert rates[:3] == pytest.approx([0.02, 0.04, 0.06])
+    assert rates[49:] == pytest.approx([1 - step / 60 if falls else 1.0 for step in range(49, 60)])
+
+
 def test_the_learning_rate_of_a_base_rises_stays_and_falls_to_a_tenth():
     base = replace(UNET, steps=10_000)
     assert [round(base.factor(step), 4) for step in (0, 249, 499, 6000, 8000, 9999, 20_000)] == [

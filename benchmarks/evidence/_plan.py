@@ -36,6 +36,11 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Falling(Recipe):
+    """A recipe whose learning rate falls from its height to zero, along a line, over the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How samples are drawn, and how many if not as many as the base says.
 
@@ -72,6 +77,8 @@ for _rate in RATES:
     RECIPES |= {
         f"{name}, lr {_rate:g}": replace(RECIPES[name], lr=_rate) for name in ("mse-equal-compute", "sp", "recommended")
     }
+
+RECIPES |= {f"{name}, falling rate": Falling(**vars(RECIPES[name])) for name in ("mse-equal-compute", "recommended")}
 
 ADDED = {"distance": "normalised", "mse_weight": 1.0}
 SEARCH = {
@@ -134,6 +141,9 @@ TABLES: dict[str, list[Entry]] = {
         if name.startswith(COMPARED[1:]) and name.partition(", ")[2][:2] in ("", "lr")
     ]
     + [(FREE, f"{name}, lr {RATES[0]:g}", (WHOLE,)) for name in ("mse-equal-compute", "recommended")],
+    "falling": [
+        (base, f"{name}, falling rate", PLAIN) for base in (FREE, UNET) for name in ("mse-equal-compute", "recommended")
+    ],
     "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in COMPARED[1:])],
     "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in COMPARED[1:])],
     "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, *SEARCH)],
@@ -141,4 +151,4 @@ TABLES: dict[str, list[Entry]] = {
     "audio": [(SOUND, "base", (WHOLE, Sampling(guidance=3.0))), *((SOUND, name, (WHOLE,)) for name in COMPARED[1:])],
     "video": [(CLIPS, name, (WHOLE,)) for name in COMPARED],
 }
-"""The paper's tables by their numbers, learning rates, the search of a recipe, longer training on its seed, and the first comparison for a DiT with flow matching, sounds, and clips."""
+"""The paper's tables by their numbers, learning rates, falling ones, the search of a recipe, longer training on its seed, and the first comparison for a DiT with flow matching, sounds, and clips."""

@@ -32,7 +32,7 @@ import _rows
 import _video
 import torch
 from _bases import FOLDER, Base
-from _plan import RECIPES, SEARCH_SEEDS, SEARCHED, SEEDS, TABLES, Recipe, Sampling
+from _plan import RECIPES, SEARCH_SEEDS, SEARCHED, SEEDS, TABLES, Falling, Recipe, Sampling
 from _sampling import sample
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -173,6 +173,9 @@ def fine_tuned(base: Base, name: str, seed: int, device: str, stop: Budget) -> n
         base, model, recipe, 1000 * (seed + 1), device, teacher=teacher
     )  # other draws than the base's training
     steps = steps_of(base, recipe, run, device)
+    if isinstance(recipe, Falling):
+        rise = run.factor
+        run.factor = lambda step: min(rise(step), 1 - step / steps)
     of = repr(RECIPES["sp"]) if teacher else None
     key = {
         "base": base.name,
