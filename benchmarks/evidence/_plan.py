@@ -94,6 +94,7 @@ SEARCH = {
         "decoder": {"layers": UP},
         "encoder": {"layers": DOWN},
         "t' ~ N(t, 100)": {"t_prime": "near"},
+        "t' = t ± 40": {"t_prime": "shifted"},
         "min-SNR": {"weight": "min_snr"},
         "mean squares, mse weight 0.5": {"distance": "mse", "mse_weight": 0.5},
     }.items()
@@ -122,6 +123,7 @@ UNET, FREE, DIT, EMOJI = "fashion-unet", "fashion-unet-unconditional", "fashion-
 SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
 COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
 FASTER = ("mse-equal-compute, lr 0.0003",)
+SHIFTED = ("sp, t' = t ± 40", "search: t' = t ± 40")
 
 TABLES: dict[str, list[Entry]] = {
     "1": [
@@ -144,11 +146,12 @@ TABLES: dict[str, list[Entry]] = {
     "falling": [
         (base, f"{name}, falling rate", PLAIN) for base in (FREE, UNET) for name in ("mse-equal-compute", "recommended")
     ],
+    "shifted": [(base, name, PLAIN) for base in (UNET, FREE) for name in SHIFTED],
     "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in COMPARED[1:])],
     "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in COMPARED[1:])],
-    "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, *SEARCH)],
+    "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, SHIFTED[0], *SEARCH)],
     "length": [("fashion-unet, search", name, (WHOLE,)) for name in (LONGER_MSE, f"recommended, {LONGER} steps")],
     "audio": [(SOUND, "base", (WHOLE, Sampling(guidance=3.0))), *((SOUND, name, (WHOLE,)) for name in COMPARED[1:])],
     "video": [(CLIPS, name, (WHOLE,)) for name in COMPARED],
 }
-"""The paper's tables by their numbers, learning rates, falling ones, the search of a recipe, longer training on its seed, and the first comparison for a DiT with flow matching, sounds, and clips."""
+"""The paper's tables by their numbers, learning rates, falling ones, t' a fixed way from t, the search of a recipe, longer training on its seed, and the first comparison for a DiT with flow matching, sounds, and clips."""
