@@ -214,6 +214,31 @@ def test_the_default_is_l_mse_plus_l_sp_of_normalised_features_at_weighted_times
         )
 
 
+@pytest.mark.parametrize(("case", "kind"), PAIRS)
+def test_the_default_equals_algorithm_1_and_the_mse_on_every_schedule(case, kind):
+    setup = Setup(case, kind)
+    objective = SelfPerceptualObjective(
+        schedule=setup.schedule, prediction=setup.objective.prediction, teacher=setup.objective.teacher, call=setup.call,
+        t_range=CASES[case][4].get("t_range"),
+    )  # fmt: skip
+    sampler, seed = timesteps.Contributing(), torch.Generator
+    setup.t_prime = sampler(setup.schedule, setup.clean, t=setup.t, generator=seed().manual_seed(3))
+    weight = sampler.weight(setup.schedule, setup.t, setup.t_prime).float()
+    alpha, sigma = (s.float().view(-1, 1, 1, 1) for s in setup.at(setup.t))
+    skip, out = 0.25 / (sigma**2 + 0.25), sigma / 2 / (sigma**2 + 0.25).sqrt()
+    slope, rise = setup.constants.get("velocity", (0.0, 0.0))
+    target = {
+        "epsilon": setup.noise, "sample": setup.clean, "v_prediction": alpha * setup.noise - sigma * setup.clean,
+        "flow_prediction": slope * setup.clean + rise * setup.noise, "edm": (setup.clean - skip * setup.x_t) / out,
+    }[kind]  # fmt: skip
+    given = {"clean": setup.clean, "noise": setup.noise, "t": setup.t, "cond": setup.cond, "reduction": "none"}
+    assert_equal_to_algorithm1(
+        setup,
+        lambda p: objective.loss(p, generator=seed().manual_seed(3), **given),
+        lambda p: weight * setup.expected(p, distance="normalised") + (p - target).square().mean((1, 2, 3)),
+    )
+
+
 def test_the_papers_options_are_those_that_differ_from_the_default():
     defaults = inspect.signature(SelfPerceptualObjective.__init__).parameters
     own = {name: p.default for name, p in defaults.items() if p.default is not p.empty}
