@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from perceptual_diffusion import timesteps
+
 STEPS, LR = 1000, 1e-4
 SEEDS = (0, 1, 2)
 SEARCH_SEEDS = (100,)
@@ -101,6 +103,23 @@ SEARCH = {
 }
 """What is tried on one seed that no table has, against training pictures, before the recommended recipe is chosen; t' is uniform where not said."""
 SEARCH["search: mse weight 1, lr 0.0003"] = Recipe(options=ADDED, as_much_as="recommended", lr=3e-4)
+SHIFTED = "t' = t ± 40"
+BY_40 = {"t_prime": "shifted"}
+SEARCH |= {
+    f"search: mean squares, {name}": Recipe(options=BY_40 | options, as_much_as="recommended")
+    for name, options in {
+        f"encoder and middle, {SHIFTED}": {"layers": [*DOWN, MIDDLE]},
+        f"mse weight 0.1, {SHIFTED}": {"mse_weight": 0.1},
+        "t' = t ± 10": {"t_prime": timesteps.Shifted(by=10)},
+        "t' = t ± 100": {"t_prime": timesteps.Shifted(by=100)},
+        f"encoder, {SHIFTED}": {"layers": DOWN},
+        f"decoder, {SHIFTED}": {"layers": UP},
+    }.items()
+}
+SEARCH[f"search: normalised alone, {SHIFTED}"] = Recipe(
+    options=BY_40 | {"distance": "normalised"}, as_much_as="recommended"
+)
+SEARCH[f"search: mean squares, {SHIFTED}, lr 0.0003"] = Recipe(options=BY_40, as_much_as="recommended", lr=3e-4)
 RECIPES |= SEARCH
 
 LONGER = 4 * STEPS
@@ -123,7 +142,7 @@ UNET, FREE, DIT, EMOJI = "fashion-unet", "fashion-unet-unconditional", "fashion-
 SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
 COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
 FASTER = ("mse-equal-compute, lr 0.0003",)
-SHIFTED = ("sp, t' = t ± 40", "search: t' = t ± 40")
+NEAR = f"sp, {SHIFTED}"
 
 TABLES: dict[str, list[Entry]] = {
     "1": [
@@ -146,10 +165,10 @@ TABLES: dict[str, list[Entry]] = {
     "falling": [
         (base, f"{name}, falling rate", PLAIN) for base in (FREE, UNET) for name in ("mse-equal-compute", "recommended")
     ],
-    "shifted": [(base, name, PLAIN) for base in (UNET, FREE) for name in SHIFTED],
-    "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in COMPARED[1:])],
-    "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in COMPARED[1:])],
-    "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, SHIFTED[0], *SEARCH)],
+    "shifted": [(base, name, PLAIN) for base in (UNET, FREE) for name in (NEAR, f"search: {SHIFTED}")],
+    "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in (*COMPARED[1:], NEAR))],
+    "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in (*COMPARED[1:], NEAR))],
+    "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, NEAR, *SEARCH)],
     "length": [("fashion-unet, search", name, (WHOLE,)) for name in (LONGER_MSE, f"recommended, {LONGER} steps")],
     "audio": [(SOUND, "base", (WHOLE, Sampling(guidance=3.0))), *((SOUND, name, (WHOLE,)) for name in COMPARED[1:])],
     "video": [(CLIPS, name, (WHOLE,)) for name in COMPARED],

@@ -228,6 +228,8 @@ def make_rows(table: str, base: Base, name: str, how: Sampling, seed: int, n: in
         **(given | recipe.options | {"layers": given["layers"]} if ours else dict.fromkeys(given)), "teacher": recipe.teacher if ours else None,
         "lr": recipe.lr if run else None, "steps": steps_of(base, recipe, run, "cpu") if run else 0,
     }  # fmt: skip
+    if about["t_prime"] is not None:
+        about["t_prime"] = str(about["t_prime"])
     wanted = {k: v for k, v in about.items() if k != "table"}
     same = [row for row in _rows.read() if all(row[k] == v for k, v in wanted.items())]
     if same:  # of another table, or of this one
