@@ -185,6 +185,51 @@ def test_the_cosine_is_that_of_the_angle():
     assert _why.cosine(torch.tensor([1.0, 0.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.6)
 
 
+# --- where the two losses have their minimum ------------------------------------------------------------------------------
+
+
+def origins_of(batch, count=5):
+    """Origins of each x_t of a batch, and the noise that makes x_t of them, shape (B, K, C, H, W) each."""
+    t = batch["t"][:, None, None, None, None]
+    clean = torch.randn(6, count, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    return clean, ((t * batch["noise"][:, None]) - (1 - t) * clean) / t
+
+
+def test_nothing_is_left_of_the_gradient_of_a_linear_teacher(batch):
+    pairs, t = origins_of(batch), batch["t"]
+    found = _why.left(linear(lowest), *pairs, t, (t + 0.3).clamp(max=1), {})
+    assert torch.allclose(found, torch.zeros(6, dtype=torch.float64), atol=1e-9)
+
+
+def test_something_is_left_where_the_teacher_bends_and_less_where_it_is_asked_near(batch):
+    """A square bends as much everywhere: the part that is left falls with the square of t' − t."""
+    t = torch.full((6,), 0.5)
+    pairs = origins_of(batch | {"t": t})
+    far, near, nearest = (
+        _why.left(linear(lambda x: x + x.square()), *pairs, t, t + by, {}) for by in (0.4, 0.04, 0.004)
+    )
+    assert (far > 0.01).all()
+    assert torch.allclose(near / nearest, torch.full((6,), 100.0, dtype=torch.float64), rtol=0.2)
+
+
+class Known(torch.nn.Module):
+    """Predicts the flow of data from N(0, 1) per place: of x_t the mean of ε − x_0 is (t − (1 − t)) x_t / ((1 − t)² + t²)."""
+
+    def forward(self, x, t, class_labels=None):
+        t = t[:, None, None, None]
+        return (2 * t - 1) / ((1 - t) ** 2 + t**2) * x
+
+
+@pytest.mark.parametrize("time", [0.3, 0.7, 1.0])
+def test_origins_are_drawn_from_the_posterior(time):
+    t = torch.full((400,), time)
+    x_t = torch.ones(400, 4, 8, 8)
+    found = _why.origins(linear(torch.clone), Known(), x_t, t, {}, 200, torch.Generator().manual_seed(0))
+    variance = (1 - time) ** 2 + time**2
+    assert float(found.mean()) == pytest.approx((1 - time) / variance, abs=0.02)
+    assert float(found.var()) == pytest.approx(time**2 / variance, rel=0.06)
+
+
 # --- the command ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +238,14 @@ def test_the_command_measures_and_draws(name, tmp_path, monkeypatch, capsys):
     base = replace(BASES[name], dataset="digits", batch=4)
     monkeypatch.setattr(_bases.Base, "read", lambda self: self.build())
     monkeypatch.setattr(why, "BASES", {name: base})
-    for constant, small in {"STEPS": 3, "SHOWN": 3, "TIMES": 3, "RANKS": (0.1, 0.9)}.items():
+    for constant, small in {
+        "STEPS": 3,
+        "SHOWN": 3,
+        "TIMES": 3,
+        "RANKS": (0.1, 0.9),
+        "DRAWS": 3,
+        "ANCESTRAL": 3,
+    }.items():
         monkeypatch.setattr(_why, constant, small)
     monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(run, "RECIPES", {k: replace(r, steps=min(r.steps, 2)) for k, r in RECIPES.items()})
@@ -215,7 +267,9 @@ def test_the_command_measures_and_draws(name, tmp_path, monkeypatch, capsys):
         assert all(-1 <= c <= 1 for key in ("cosine", "repeat of sp", "repeat of mse") for c in values[key])
         assert [sum(row) for row in values["share of sp"]] == pytest.approx([1] * 3, rel=1e-3)
     drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert drawn == {f"evidence_{name}_{part}.png" for part in ("trajectory", "spectrum", "errors", "teacher")}
+    assert drawn == {f"evidence_{name}_{part}.png" for part in ("trajectory", "spectrum", "errors", "teacher", "left")}
+    for values in found["left"].values():
+        assert all(0 <= x <= 1 for x in values["mean"])
 
 
 def test_numbers_lie_on_a_line_and_are_no_more_precise_than_they_are():

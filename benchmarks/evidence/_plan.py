@@ -110,6 +110,8 @@ SEARCH |= {
     for name, options in {
         f"encoder and middle, {SHIFTED}": {"layers": [*DOWN, MIDDLE]},
         f"mse weight 0.1, {SHIFTED}": {"mse_weight": 0.1},
+        f"mse weight 0.3, {SHIFTED}": {"mse_weight": 0.3},
+        f"mse weight 1, {SHIFTED}": {"mse_weight": 1.0},
         "t' = t ± 10": {"t_prime": timesteps.Shifted(by=10)},
         "t' = t ± 100": {"t_prime": timesteps.Shifted(by=100)},
         f"encoder, {SHIFTED}": {"layers": DOWN},
@@ -143,6 +145,7 @@ SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
 COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
 FASTER = ("mse-equal-compute, lr 0.0003",)
 NEAR = f"sp, {SHIFTED}"
+HELD = tuple(f"search: mean squares, mse weight {weight}, {SHIFTED}" for weight in ("0.1", "0.3", "1"))
 
 TABLES: dict[str, list[Entry]] = {
     "1": [
@@ -167,7 +170,7 @@ TABLES: dict[str, list[Entry]] = {
     ],
     "shifted": [(base, name, PLAIN) for base in (UNET, FREE) for name in (NEAR, f"search: {SHIFTED}")],
     "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in (*COMPARED[1:], NEAR))],
-    "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in (*COMPARED[1:], NEAR))],
+    "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in (*COMPARED[1:], NEAR, *HELD))],
     "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, NEAR, *SEARCH)],
     "length": [("fashion-unet, search", name, (WHOLE,)) for name in (LONGER_MSE, f"recommended, {LONGER} steps")],
     "audio": [(SOUND, "base", (WHOLE, Sampling(guidance=3.0))), *((SOUND, name, (WHOLE,)) for name in COMPARED[1:])],

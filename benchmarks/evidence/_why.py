@@ -15,7 +15,7 @@ from _data import load
 from _sampling import sample, trajectory
 from torch import Tensor, nn
 
-from perceptual_diffusion import SelfPerceptualObjective, distances
+from perceptual_diffusion import SelfPerceptualObjective, distances, timesteps
 from perceptual_diffusion.cli import datasets
 from perceptual_diffusion.parameterizations import System, recover
 from perceptual_diffusion.schedules import Schedule
@@ -35,6 +35,13 @@ BANDS = ("mean", "1 to 2", "3 to 4", "5 to 8", "9 to 16", "above 16")
 STEPS, GUIDANCE, SHOWN = 25, 3.0, 9
 """Steps of the sampler, the scale of guidance, and how many x̂_0 of a trajectory are shown."""
 GUIDED = f", guidance {GUIDANCE:g}"
+SECOND: dict[str, str | timesteps.Shifted] = {
+    "uniform": "uniform", "N(t, 100)": "near", "t ± 100": timesteps.Shifted(by=100), "t ± 40": "shifted",
+    "t ± 10": timesteps.Shifted(by=10),
+}  # fmt: skip
+"""Ways to draw t'."""
+DRAWS, DRAWN_FROM, ANCESTRAL = 16, 25, 20
+"""Of what is left of a gradient: samples of each x_t, so many x_t in a band for 1000 pictures, and steps of their sampler."""
 Found = dict[str, Any]
 
 
@@ -185,6 +192,67 @@ def cosine(one: Tensor, other: Tensor) -> float:
     return float(nn.functional.cosine_similarity(one.double(), other.double(), dim=0))
 
 
+# --- where the two losses have their minimum ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def origins(
+    objective: SelfPerceptualObjective, model: nn.Module, x_t: Tensor, t: Tensor, cond: Mapping[str, Any], steps: int,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Draw x_0 that a model takes for the origins of x_t: ancestral sampling from t on, shape (B, C, H, W).
+
+    A step to an earlier s draws q(x_s | x_t, x̂_0) (arXiv 2006.11239, eq. 6, of any alpha and sigma).
+    """
+    schedule, x = objective.schedule, x_t.double()
+    ranks = schedule.rank(t)[None] * torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=t.device)[1:, None]
+    if schedule.noise_first:
+        raise ValueError("a schedule that starts with the noise is not known here.")
+    for rank in ranks:
+        output = objective.output(objective.call(model, x.to(x_t.dtype), t, cond), x_t)
+        clean, noise = (part.double() for part in recover(x, output, System.of(schedule, objective.prediction, t)))
+        s = schedule.at(rank)
+        s = s if s.dtype == torch.long else s.float()
+        alpha, sigma, alpha_s, sigma_s = (c.double()[:, None, None, None] for time in (t, s) for c in schedule(time))
+        kept = ((alpha / alpha_s) * (sigma_s / sigma) ** 2 * sigma).clamp(max=sigma_s)
+        fresh = (sigma_s.square() - kept.square()).sqrt()
+        x = alpha_s * clean + kept * noise + fresh * torch.randn(x.shape, generator=generator).to(x)
+        t = s
+    return clean.to(x_t.dtype)
+
+
+def left(
+    objective: SelfPerceptualObjective,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    t_prime: Tensor,
+    cond: Mapping[str, Any],
+) -> Tensor:
+    """Give how much of L_sp's gradient is left where MSE has its minimum: |mean g|² / mean |g|², of each x_t, shape (B,).
+
+    The minimum of MSE at an x_t is the mean of the targets of all origins that it can have: there its gradients cancel. Those of
+    L_sp cancel too (0) if the teacher weighs errors by x_t alone, and pull away from it (up to 1) if by the origin also.
+
+    Args:
+        objective: of L_sp alone.
+        clean: origins of each x_t, shape (B, K, C, H, W).
+        noise: the noise that makes x_t of each, likewise.
+        t: times, shape (B,).
+        t_prime: second times, shape (B,); all origins of an x_t share one.
+        cond: the model's keyword arguments, of B samples each.
+    """
+    count = clean.shape[1]
+    many = lambda x: x.repeat_interleave(count, 0)  # noqa: E731
+    x_0, epsilon = clean.flatten(0, 1), noise.flatten(0, 1)
+    target = objective.target(x_0, epsilon, many(t)).unflatten(0, (-1, count))
+    best = target.mean(1, keepdim=True).expand_as(target).flatten(0, 1).detach().requires_grad_()
+    given = {"t": many(t), "t_prime": many(t_prime), "cond": {k: many(v) for k, v in cond.items()}}
+    losses = objective.loss(best, clean=x_0, noise=epsilon, **given, reduction="none")
+    gradient = torch.autograd.grad(losses.sum(), best)[0].double().unflatten(0, (-1, count)).flatten(2)
+    return gradient.mean(1).square().sum(1) / gradient.square().sum(2).mean(1)
+
+
 # --- all of it ------------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +322,7 @@ class Study:
         """Measure everything but the trajectories, which are pictures."""
         middles = self.objective.schedule.at((torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES)
         found: Found = {"times": middles.tolist(), "bands of frequency": list(BANDS)}
-        for part in (self.spectra, self.losses, self.unseen, self.gradients):
+        for part in (self.spectra, self.losses, self.unseen, self.gradients, self.left):
             found[part.__name__] = part()
             print(part.__name__, "done", flush=True)
         return found
@@ -367,3 +435,28 @@ class Study:
                 "repeat of mse": [cosine(*halves[:, 1]) for halves in weights],
             }
         return found
+
+    def left(self) -> Found:
+        """What is left of L_sp's gradient where MSE has its minimum, by t' and band of t: the mean over x_t, and its standard error.
+
+        The origins of an x_t are drawn by the first model from noisy held-out pictures.
+        """
+        objective, model, generator = self.objective, next(iter(self.models.values())), self.generator()
+        found: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(TIMES)] for name in SECOND}
+        for band, _, given in self.draws(self.held_out, max(2, self.n * DRAWN_FROM // 1000)):
+            t, cond = given["t"], given["cond"]
+            x_t = objective.add_noise(given["clean"], given["noise"], t)
+            times, many = t.repeat_interleave(DRAWS, 0), x_t.repeat_interleave(DRAWS, 0)
+            conds = {k: v.repeat_interleave(DRAWS, 0) for k, v in cond.items()}
+            clean = origins(objective, model, many, times, conds, ANCESTRAL, generator)
+            alpha, sigma = (c[:, None, None, None] for c in objective.schedule(times))
+            noise = ((many - alpha * clean) / sigma).to(clean.dtype)
+            clean, noise = (x.unflatten(0, (-1, DRAWS)) for x in (clean, noise))
+            for name, way in SECOND.items():
+                t_prime = timesteps.get("t_prime", way)(objective.schedule, x_t, t=t, generator=generator)
+                found[name][band].append(left(objective, clean, noise, t, t_prime, cond).cpu())
+        whole = {name: torch.stack([torch.cat(band) for band in bands]) for name, bands in found.items()}
+        return {
+            name: {"mean": values.mean(1), "error": values.std(1) / math.sqrt(values.shape[1])}
+            for name, values in whole.items()
+        }

@@ -4,7 +4,8 @@
 
 Recipes are those of `_plan.py`; one that is not trained yet is trained first. Numbers go to `why.json`, figures to
 `docs/images`. What is measured: x̂_0 along the sampling trajectory from equal noise; the spectrum of samples, and whether the
-grid of the model stands out in it; the loss by time; what the teacher sees of errors by spatial frequency; both losses' gradients.
+grid of the model stands out in it; the loss by time; what the teacher sees of errors by spatial frequency; the gradients of MSE
+and of the paper's objective alone; and what is left of the latter's where MSE has its minimum, for several ways to draw t'.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from run import ROOT, Budget, fine_tuned, hardware
 from torch import Tensor
 
-from perceptual_diffusion import SelfPerceptualObjective
+from perceptual_diffusion import PAPER, SelfPerceptualObjective
 from perceptual_diffusion.cli.files import write
 from perceptual_diffusion.cli.training import Interrupted
 
@@ -32,11 +33,11 @@ from perceptual_diffusion.cli.training import Interrupted
 
 
 def draw(found: Found, steps: list[float], trajectories: dict[str, Tensor], folder: Path, base: str) -> None:
-    """Draw the four figures of a base."""
+    """Draw the five figures of a base."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "trajectory": draw_trajectories(steps, trajectories), "spectrum": draw_spectra(found), "errors": draw_errors(found),
-        "teacher": draw_teacher(found),
+        "teacher": draw_teacher(found), "left": draw_left(found),
     }  # fmt: skip
     for name, figure in figures.items():
         figure.savefig(folder / f"evidence_{base}_{name}.png", dpi=90, bbox_inches="tight")
@@ -139,6 +140,17 @@ def draw_teacher(found: Found) -> Figure:
     return figure
 
 
+def draw_left(found: Found) -> Figure:
+    """What is left of L_sp's gradient where MSE has its minimum, by t and the way to draw t'."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in found["left"].items():
+        axes.errorbar(found["times"], values["mean"], values["error"], marker=".", capsize=3, label=f"t' {name}")
+    axes.set_ylim(bottom=0)
+    _axes(axes, "part of L_sp's gradient that is left where MSE has its minimum", "t", "|mean|² / mean of squares")
+    return figure
+
+
 def _log(axes: Any) -> None:
     """Make the y axis logarithmic, with plain numbers beside it."""
     axes.set_yscale("log")
@@ -191,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     base, stop = BASES[options.model], Budget(1e6)
     with stop.listening():
         models = {name: fine_tuned(base, name, options.seed, options.device, stop).eval() for name in options.recipes}
-    teacher = SelfPerceptualObjective.wrap(base.read().to(options.device), base.scheduler(), seed=options.seed)
+    teacher = SelfPerceptualObjective.wrap(base.read().to(options.device), base.scheduler(), seed=options.seed, **PAPER)
     given = {"n": options.n, "seed": options.seed, "device": options.device}
     study = Study(base=base, models=models, objective=teacher, **given)
     describe = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
