@@ -447,8 +447,13 @@ def test_rows_of_another_base_or_another_n_are_other_lines_and_not_in_the_verdic
     rows = [*others, *new, *(row | {"table": "7"} for row in new), *more, *guided, *alone, *young]
     assert render.table(rows, "1").count("\n") == 1 + 4 + 2 + 2 + 1 + 2
     assert render.verdict(rows).splitlines()[2:] == [
-        "| b | 25 | 100 | FD-X | 2 | 0.500 | 0.500 – 0.500 |", "| b | 50 | 40 | FD-X | 2 | 1.500 | 1.500 – 1.500 |"
+        "| b | recommended | 25 | 100 | FD-X | 2 | 0.500 | 0.500 – 0.500 |",
+        "| b | recommended | 50 | 40 | FD-X | 2 | 1.500 | 1.500 – 1.500 |",
     ]  # fmt: skip
+    near = rows_of({"sp, t' = t ± 40": (3.0, 3.0), "sp": (4.0, 4.0)})
+    assert render.verdict([*near, *rows]).splitlines()[4:] == [
+        "| b | sp, t' = t ± 40 | 25 | 100 | FD-X | 2 | 1.500 | 1.500 – 1.500 |"
+    ]
     with pytest.raises(ValueError, match="several rows of seed 0"):
         render.verdict([*rows, *rows_of({"recommended": (5.0,)}, distance="other")])
 

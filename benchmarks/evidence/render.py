@@ -9,7 +9,7 @@ from pathlib import Path
 
 import _rows
 from _data import SEARCH
-from _plan import LONGER_MSE, SEARCHED, SEEDS, STEPS, TABLES, UNET
+from _plan import LONGER_MSE, NEAR, SEARCHED, SEEDS, STEPS, TABLES, UNET
 from _rows import Row
 from matplotlib.figure import Figure
 from scipy import stats
@@ -23,6 +23,7 @@ BATCH, FORWARD, SAMPLES = 64, 1 / 3, 10_000
 H100 = 0.4 * 989.4e12
 """FLOPs a second: four tenths of the dense bfloat16 peak that NVIDIA's data sheet gives for the SXM module."""
 OF = tuple(name for name in _rows.KEY if name not in ("table", "seed", "metric"))
+RIVALS = ("recommended", NEAR)
 JUDGED = ("FD", "KID", "precision", "recall")
 EQUAL = ("mse-equal-compute", LONGER_MSE)
 ORDER = ("FD", "KID", "precision", "recall", "CS", "class", "nearest")
@@ -91,21 +92,25 @@ def ratio(rows: Sequence[Row], of: Row, to: Row, metric: str) -> tuple[float, fl
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The recommended recipe against MSE at the same training compute, without guidance; of each base as it was trained longest."""
-    head = ("base", "passes", "N", "metric", "seeds", "ratio to MSE", "95 % interval")
+    """Recipes against MSE at the same training compute, without guidance; of each base as it was trained longest."""
+    head = ("base", "recipe", "passes", "N", "metric", "seeds", "ratio to MSE", "95 % interval")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     rows = [row for row in rows if row["table"] not in ("error", *SEARCHED) and row["guidance"] == "none"]
     longest = {
         base: max(row["base_steps"] for row in rows if row["base"] == base) for base in {row["base"] for row in rows}
     }
-    kinds = {(row["base"], row["nfe"], -row["n"], row["metric"]) for row in rows if row["metric"].startswith(JUDGED)}
-    for base, passes, n, metric in sorted(
-        kinds, key=lambda kind: (*kind[:3], ORDER.index(kind[3].split("-")[0]), kind[3])
+    kinds = {
+        (row["base"], RIVALS.index(row["loss"]), row["nfe"], -row["n"], row["metric"])
+        for row in rows if row["metric"].startswith(JUDGED) and row["loss"] in RIVALS
+    }  # fmt: skip
+    for base, rival, passes, n, metric in sorted(
+        kinds, key=lambda kind: (*kind[:4], ORDER.index(kind[4].split("-")[0]), kind[4])
     ):
         way = {"base": base, "nfe": passes, "n": -n, "base_steps": longest[base]}
-        found = ratio(rows, way | {"loss": "recommended"}, way | {"loss": "mse-equal-compute"}, metric)
+        found = ratio(rows, way | {"loss": RIVALS[rival]}, way | {"loss": "mse-equal-compute"}, metric)
         if found:
-            cells = (base, passes, f"{-n:,}", metric, found[3], f"{found[0]:.3f}", f"{found[1]:.3f} – {found[2]:.3f}")
+            figures = (found[3], f"{found[0]:.3f}", f"{found[1]:.3f} – {found[2]:.3f}")
+            cells = (base, RIVALS[rival], passes, f"{-n:,}", metric, *figures)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) if len(lines) > 2 else "Not measured yet."
 
