@@ -145,7 +145,11 @@ SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
 COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
 FASTER = ("mse-equal-compute, lr 0.0003",)
 NEAR = f"sp, {SHIFTED}"
-HELD = tuple(f"search: mean squares, mse weight {weight}, {SHIFTED}" for weight in ("0.1", "0.3", "1"))
+HELD = tuple(
+    f"search: mean squares, {what}, {SHIFTED}"
+    for what in ("mse weight 0.3", "mse weight 1", "encoder and middle", "decoder")
+)
+"""What may hold the directions that the teacher's middle does not see."""
 
 TABLES: dict[str, list[Entry]] = {
     "1": [
