@@ -11,7 +11,7 @@ from torch import nn
 from fuzz import cases, values
 from fuzz.judge import outcome
 from fuzz.values import EITHER, REFUSED, SAME
-from perceptual_diffusion import adapters, schedules
+from perceptual_diffusion import SelfPerceptualObjective, adapters, schedules
 from perceptual_diffusion._shapes import leaves, map_leaves
 from perceptual_diffusion.adapters import _registry
 from perceptual_diffusion.adapters._explained import Explained
@@ -117,7 +117,7 @@ class Giving(nn.Module):
 @st.composite
 def students(draw):
     """Calls of the objective with other students, other outputs, and other values of what is not data."""
-    case = cases.case(draw(st.sampled_from(["maps", "maps, split", "maps, autograd", "condition"])))
+    case = cases.case(draw(st.sampled_from(["maps", "maps, split", "maps, autograd", "maps, defaults", "condition"])))
     call = Call(case, list(case.student.parameters()), case.arguments(draw(st.sampled_from([2, 1, 3])), 0))
     kind = draw(st.sampled_from(["output", "model", "reduction", "generator"]))
     if kind == "output":
@@ -168,13 +168,13 @@ def wraps(draw):
             schedule = draw(st.sampled_from([*values.FOREIGN, *values.schedules()]))
         else:
             options[name] = draw(st.sampled_from(values.OPTIONS[name]))
-    return model, schedule, options
+    return draw(st.sampled_from([PaperObjective, SelfPerceptualObjective])), model, schedule, options
 
 
 def judge_wrap(call):
-    model, schedule, options = call
+    kind, model, schedule, options = call
     modules = [model] if isinstance(model, nn.Module) else []
-    objective, error = outcome(lambda: PaperObjective.wrap(model, schedule, **options), *modules)
+    objective, error = outcome(lambda: kind.wrap(model, schedule, **options), *modules)
     if error is not None or not isinstance(model, cases.ConvNet):
         return
     clean, noise = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -102,11 +102,18 @@ class Case:
             return self.call(model, unflatten(x, shapes), t, cond)
 
         cond = {k: widened(value) for k, value in (given["cond"] or {}).items()}
-        return algorithm1(
+        loss = algorithm1(
             self.frozen, self.layers, call, cond, **flat, model_output=flatten(predicted).float(),
             t_prime=given["t_prime"], at_t=self.scales(given["t"]), at_t_prime=self.scales(given["t_prime"]), kind=self.kind,
-            **{"formulation": self.how.get("formulation", "joint")},
+            **{name: self.how[name] for name in ("formulation", "distance") if name in self.how},
         )  # fmt: skip
+        if weight := self.how.get("mse_weight"):
+            alpha, sigma = (s.float().view(-1, *[1] * (flat["clean"].ndim - 1)) for s in self.scales(given["t"]))
+            target = {"v_prediction": alpha * flat["noise"] - sigma * flat["clean"], "epsilon": flat["noise"]}[
+                self.kind
+            ]
+            loss = loss + weight * (flatten(predicted).float() - target).square().flatten(1).mean(1)
+        return loss
 
 
 def widened(value):
@@ -139,11 +146,14 @@ class Shifted(ConvNet):
         return super().forward(x * scale + shift.view(-1, 1, 1, 1), t)
 
 
+DEFAULTS = {"distance": "normalised", "mse_weight": 1.0, "t_prime": "contributing"}
+
 CASES = {
     "maps": lambda: Case(ConvNet, ("body",), (3, 5, 4)),
     "maps, split": lambda: Case(ConvNet, ("stem", "body"), (3, 4, 4), how={"formulation": "split"}),
     "maps, autograd": lambda: Case(ConvNet, ("body",), (3, 4, 4), "index", "epsilon", how={"micro_batch": None}),
     "maps, one by one": lambda: Case(ConvNet, ("body",), (3, 4, 4), "circle", how={"micro_batch": 1}),
+    "maps, defaults": lambda: Case(ConvNet, ("body",), (3, 4, 4), how=DEFAULTS),
     "vectors": lambda: Case(MLP, ("middle",), (5,), "sigma", "sample"),
     "condition": lambda: Case(Shifted, ("body",), (3, 4, 4), cond=lambda b: {"shift": torch.arange(float(b))}),
     "two streams": lambda: Case(TwoStreams, ("join",), {"image": (3, 4, 4), "sound": (4,)}),
@@ -151,6 +161,11 @@ CASES = {
         unet, ("mid_block",), (3, 8, 8), "index", "epsilon",
         cond=lambda b: {"class_labels": torch.arange(b)},
         call=lambda model, x_t, t, cond: model(x_t, t, **cond).sample, least=1,
+    ),
+    "classes, defaults": lambda: Case(
+        unet, ("mid_block",), (3, 8, 8), "index", "epsilon",
+        cond=lambda b: {"class_labels": torch.arange(b)},
+        call=lambda model, x_t, t, cond: model(x_t, t, **cond).sample, least=1, how=DEFAULTS,
     ),
     "text": lambda: Case(
         conditional_unet, ("mid_block",), (4, 8, 8), "index",
