@@ -68,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
     "sp, decoder": replace(SP, options={"layers": UP}),
     "sp, encoder and middle": replace(SP, options={"layers": [*DOWN, MIDDLE]}),
     "sp, t' = t ± 40": replace(SP, options={"t_prime": "shifted"}),
+    "sp, t' = t ± 10": replace(SP, options={"t_prime": timesteps.Shifted(by=10)}),
     "sp, t' ~ N(t, 100)": replace(SP, options={"t_prime": "near"}),
     "sp, mae": replace(SP, options={"distance": "mae"}),
     "sp, split": replace(SP, options={"formulation": "split"}),
@@ -144,7 +145,7 @@ UNET, FREE, DIT, EMOJI = "fashion-unet", "fashion-unet-unconditional", "fashion-
 SOUND, CLIPS = "sonic-unet", "freedoom-unet3d"
 COMPARED = ("base", "mse-equal-compute", "sp", "recommended")
 FASTER = ("mse-equal-compute, lr 0.0003",)
-NEAR = f"sp, {SHIFTED}"
+NEAR, NEARER = f"sp, {SHIFTED}", "sp, t' = t ± 10"
 HELD = tuple(
     f"search: mean squares, {what}, {SHIFTED}"
     for what in ("mse weight 0.3", "mse weight 1", "encoder and middle", "decoder")
@@ -172,9 +173,12 @@ TABLES: dict[str, list[Entry]] = {
     "falling": [
         (base, f"{name}, falling rate", PLAIN) for base in (FREE, UNET) for name in ("mse-equal-compute", "recommended")
     ],
-    "shifted": [(base, name, PLAIN) for base in (UNET, FREE) for name in (NEAR, f"search: {SHIFTED}")],
-    "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in (*COMPARED[1:], NEAR))],
-    "emoji": [(EMOJI, "base", (SHORT, *GUIDED)), *((EMOJI, name, (SHORT,)) for name in (*COMPARED[1:], NEAR, *HELD))],
+    "shifted": [(base, name, PLAIN) for base in (UNET, FREE) for name in (NEAR, NEARER)],
+    "dit": [(DIT, "base", (SHORT, *GUIDED)), *((DIT, name, (SHORT,)) for name in (*COMPARED[1:], NEAR, NEARER))],
+    "emoji": [
+        (EMOJI, "base", (SHORT, *GUIDED)),
+        *((EMOJI, name, (SHORT,)) for name in (*COMPARED[1:], NEAR, NEARER, *HELD)),
+    ],
     "search": [("fashion-unet, search", name, (WHOLE,)) for name in (*COMPARED, *FASTER, NEAR, *SEARCH)],
     "length": [("fashion-unet, search", name, (WHOLE,)) for name in (LONGER_MSE, f"recommended, {LONGER} steps")],
     "audio": [(SOUND, "base", (WHOLE, Sampling(guidance=3.0))), *((SOUND, name, (WHOLE,)) for name in COMPARED[1:])],
