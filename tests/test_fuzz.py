@@ -98,6 +98,12 @@ FOUND = {
         ),
         r"`cond` \{'encoder_hidden_states': \(3, 5, 8\)\}",
     ),
+    "two classes of one sample": (
+        lambda o: cases.case("classes").objective.loss(
+            SMALL[:1], clean=SMALL[:1], noise=SMALL[:1], t=torch.tensor([5]), cond={"class_labels": torch.tensor([0, 1])}
+        ),
+        r"`cond` has 2 labels in 'class_labels' for a sample of shape \(1, 3, 8, 8\). Pass one for each",
+    ),
     "the same in the teacher": (
         lambda o: cases.case("text").objective.loss(
             torch.ones(2, 4, 8, 8), clean=torch.ones(2, 4, 8, 8), noise=torch.zeros(2, 4, 8, 8), t=torch.tensor([5, 6])

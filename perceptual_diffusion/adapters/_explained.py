@@ -6,11 +6,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from perceptual_diffusion import taps
-from perceptual_diffusion._shapes import describe, first, tensors_in
+from perceptual_diffusion._shapes import batch_size, describe, first, tensors_in
 from perceptual_diffusion.types import Cond, ModelCall
 
 FAILURES = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError)
 """What a model raises that is given the wrong thing."""
+
+
+CLASSES = ("class_labels", "y")
+"""What diffusers, EDM, DiT and SiT call the argument that tells each sample's class."""
 
 
 class PassError(ValueError, RuntimeError):
@@ -53,6 +57,7 @@ class Explained:
             raise ValueError(
                 f"`cond` {describe(dict(cond))} has a tensor on the meta device, without values. Pass all with values."
             )
+        _check_labels(cond, x_t)
         try:
             return self.call(model, x_t, t, cond)
         except FAILURES as error:
@@ -63,6 +68,19 @@ class Explained:
             if isinstance(error, NotImplementedError):
                 raise UnsupportedError(_told(error, model, x_t, t, cond)) from error
             raise PassError(_told(error, model, x_t, t, cond)) from error
+
+
+def _check_labels(cond: Cond, x_t: Any) -> None:
+    """Refuse classes of another number of samples: to as many a lone one is broadcast, and layers before a skip do not notice."""
+    for name in CLASSES:
+        labels = cond.get(name)
+        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            continue
+        if len(labels) not in (1, batch_size(x_t)):
+            raise ValueError(
+                f"`cond` has {len(labels)} labels in {name!r} for a sample of shape {describe(x_t)}. Pass one for each "
+                "sample, or one for all."
+            )
 
 
 def _told(error: Exception, model: Any, x_t: Any, t: Tensor, cond: Cond) -> str:
