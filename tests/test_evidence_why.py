@@ -212,6 +212,16 @@ def test_something_is_left_where_the_teacher_bends_and_less_where_it_is_asked_ne
     assert torch.allclose(near / nearest, torch.full((6,), 100.0, dtype=torch.float64), rtol=0.2)
 
 
+def test_an_x_t_of_one_origin_says_nothing(batch):
+    t = torch.full((6,), 0.5)
+    clean, noise = (x[:, :1].expand(-1, 5, -1, -1, -1) for x in origins_of(batch | {"t": t}))
+    one = _why.left(linear(torch.square), clean, noise, t, t, {})
+    assert one.isnan().all()
+    found = _why._mean_and_error([torch.cat([one, torch.tensor([0.1, 0.3])])])
+    assert found["mean"] == pytest.approx([0.2])
+    assert found["error"] == pytest.approx([0.1])
+
+
 class Known(torch.nn.Module):
     """Predicts the flow of data from N(0, 1) per place: of x_t the mean of ε − x_0 is (t − (1 − t)) x_t / ((1 − t)² + t²)."""
 

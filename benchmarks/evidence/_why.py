@@ -455,8 +455,13 @@ class Study:
             for name, way in SECOND.items():
                 t_prime = timesteps.get("t_prime", way)(objective.schedule, x_t, t=t, generator=generator)
                 found[name][band].append(left(objective, clean, noise, t, t_prime, cond).cpu())
-        whole = {name: torch.stack([torch.cat(band) for band in bands]) for name, bands in found.items()}
-        return {
-            name: {"mean": values.mean(1), "error": values.std(1) / math.sqrt(values.shape[1])}
-            for name, values in whole.items()
-        }
+        return {name: _mean_and_error([torch.cat(band) for band in bands]) for name, bands in found.items()}
+
+
+def _mean_and_error(bands: Sequence[Tensor]) -> dict[str, list[float]]:
+    """Mean and standard error of each band; without x_t of one origin, as at the first timestep, where there is no gradient (NaN)."""
+    known = [values[~values.isnan()] for values in bands]
+    return {
+        "mean": [float(values.mean()) for values in known],
+        "error": [float(values.std()) / math.sqrt(len(values)) for values in known],
+    }
