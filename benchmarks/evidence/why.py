@@ -146,7 +146,8 @@ def draw_left(found: Found) -> Figure:
     axes = figure.subplots()
     for name, values in found["left"].items():
         axes.errorbar(found["times"], values["mean"], values["error"], marker=".", capsize=3, label=f"t' {name}")
-    axes.set_ylim(bottom=0)
+    _log(axes)
+    axes.yaxis.set_major_formatter("{x:.0e}")
     _axes(axes, "part of L_sp's gradient that is left where MSE has its minimum", "t", "|mean|² / mean of squares")
     return figure
 
