@@ -9,7 +9,7 @@ from pathlib import Path
 
 import _rows
 from _data import SEARCH
-from _plan import LONGER_MSE, NEAR, SEARCHED, SEEDS, STEPS, TABLES, UNET
+from _plan import LONGER_MSE, NEAR, NEARER, SEARCHED, SEEDS, STEPS, TABLES, UNET
 from _rows import Row
 from matplotlib.figure import Figure
 from scipy import stats
@@ -23,7 +23,7 @@ BATCH, FORWARD, SAMPLES = 64, 1 / 3, 10_000
 H100 = 0.4 * 989.4e12
 """FLOPs a second: four tenths of the dense bfloat16 peak that NVIDIA's data sheet gives for the SXM module."""
 OF = tuple(name for name in _rows.KEY if name not in ("table", "seed", "metric"))
-RIVALS = ("recommended", NEAR)
+RIVALS = ("recommended", NEAR, NEARER)
 JUDGED = ("FD", "KID", "precision", "recall")
 EQUAL = ("mse-equal-compute", LONGER_MSE)
 ORDER = ("FD", "KID", "precision", "recall", "CS", "class", "nearest")
