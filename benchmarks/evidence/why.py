@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import shlex
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from _bases import BASES
 from _why import BANDS, GUIDED, PERIODS, Found, Study
 from matplotlib.figure import Figure
-from run import ROOT, Budget, fine_tuned, hardware
+from run import ROOT, Budget, commit, fine_tuned, hardware
 from torch import Tensor
 
 from perceptual_diffusion import PAPER, SelfPerceptualObjective
@@ -200,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder of the JSON and the figures; default: those of the repository")
     options = parser.parse_args(arguments)
+    commit()  # asked once, at the start
     torch.set_num_threads(options.threads)
     base, stop = BASES[options.model], Budget(1e6)
     with stop.listening():
@@ -207,10 +207,9 @@ def main(arguments: list[str] | None = None) -> None:
     teacher = SelfPerceptualObjective.wrap(base.read().to(options.device), base.scheduler(), seed=options.seed, **PAPER)
     given = {"n": options.n, "seed": options.seed, "device": options.device}
     study = Study(base=base, models=models, objective=teacher, **given)
-    describe = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     about = {
         "command": shlex.join(["python", "benchmarks/evidence/why.py", *(sys.argv[1:] if arguments is None else arguments)]),
-        "commit": describe.stdout.strip() or "unknown", "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit() or "unknown", "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware(options.device), "torch": torch.__version__, "n": options.n, "seed": options.seed,
     }  # fmt: skip
     found = study.measure()
