@@ -246,7 +246,8 @@ def left(
     many = lambda x: x.repeat_interleave(count, 0)  # noqa: E731
     x_0, epsilon = clean.flatten(0, 1), noise.flatten(0, 1)
     target = objective.target(x_0, epsilon, many(t)).unflatten(0, (-1, count))
-    best = target.mean(1, keepdim=True).expand_as(target).flatten(0, 1).detach().requires_grad_()
+    mean = target[:, :1] + (target - target[:, :1]).mean(1, keepdim=True)  # of equal ones exactly theirs
+    best = mean.expand_as(target).flatten(0, 1).detach().requires_grad_()
     given = {"t": many(t), "t_prime": many(t_prime), "cond": {k: many(v) for k, v in cond.items()}}
     losses = objective.loss(best, clean=x_0, noise=epsilon, **given, reduction="none")
     gradient = torch.autograd.grad(losses.sum(), best)[0].double().unflatten(0, (-1, count)).flatten(2)
@@ -442,6 +443,7 @@ class Study:
         The origins of an x_t are drawn by the first model from noisy held-out pictures.
         """
         objective, model, generator = self.objective, next(iter(self.models.values())), self.generator()
+        second = torch.Generator(self.device).manual_seed(self.seed)  # of t'
         found: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(TIMES)] for name in SECOND}
         for band, _, given in self.draws(self.held_out, max(2, self.n * DRAWN_FROM // 1000)):
             t, cond = given["t"], given["cond"]
@@ -453,7 +455,7 @@ class Study:
             noise = ((many - alpha * clean) / sigma).to(clean.dtype)
             clean, noise = (x.unflatten(0, (-1, DRAWS)) for x in (clean, noise))
             for name, way in SECOND.items():
-                t_prime = timesteps.get("t_prime", way)(objective.schedule, x_t, t=t, generator=generator)
+                t_prime = timesteps.get("t_prime", way)(objective.schedule, x_t, t=t, generator=second)
                 found[name][band].append(left(objective, clean, noise, t, t_prime, cond).cpu())
         return {name: _mean_and_error([torch.cat(band) for band in bands]) for name, bands in found.items()}
 

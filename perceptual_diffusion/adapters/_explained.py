@@ -13,10 +13,6 @@ FAILURES = (ValueError, TypeError, LookupError, AttributeError, AssertionError, 
 """What a model raises that is given the wrong thing."""
 
 
-CLASSES = ("class_labels", "y")
-"""What diffusers, EDM, DiT and SiT call the argument that tells each sample's class."""
-
-
 class PassError(ValueError, RuntimeError):
     """A model cannot be run on what it is given.
 
@@ -37,9 +33,11 @@ class Explained:
 
     Attributes:
         call: `(model, x_t, t, cond) -> output`.
+        classes: whether `cond["class_labels"]` is one class for each sample, as diffusers' denoisers take it.
     """
 
     call: ModelCall
+    classes: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.call):
@@ -57,7 +55,8 @@ class Explained:
             raise ValueError(
                 f"`cond` {describe(dict(cond))} has a tensor on the meta device, without values. Pass all with values."
             )
-        _check_labels(cond, x_t)
+        if self.classes:
+            _check_labels(cond, x_t)
         try:
             return self.call(model, x_t, t, cond)
         except FAILURES as error:
@@ -71,16 +70,12 @@ class Explained:
 
 
 def _check_labels(cond: Cond, x_t: Any) -> None:
-    """Refuse classes of another number of samples: to as many a lone one is broadcast, and layers before a skip do not notice."""
-    for name in CLASSES:
-        labels = cond.get(name)
-        if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-            continue
-        if len(labels) not in (1, batch_size(x_t)):
-            raise ValueError(
-                f"`cond` has {len(labels)} labels in {name!r} for a sample of shape {describe(x_t)}. Pass one for each "
-                "sample, or one for all."
-            )
+    """Refuse several classes of a lone sample: it is broadcast to them, and layers before a skip do not notice."""
+    labels = cond.get("class_labels")
+    if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) > 1 and batch_size(x_t) == 1:
+        raise ValueError(
+            f"`cond` has {len(labels)} labels in 'class_labels' for a sample of shape {describe(x_t)}. Pass one for each."
+        )
 
 
 def _told(error: Exception, model: Any, x_t: Any, t: Tensor, cond: Cond) -> str:

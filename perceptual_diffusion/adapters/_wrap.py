@@ -57,7 +57,8 @@ def assemble(
         log("%s: comparing the features of %s (%s)", type(model).__name__, ", ".join(adapter.layers), adapter.why)
     if not outside:
         check_called(teacher if isinstance(teacher, nn.Module) else model, names)
-    student_call = Explained(_family_call(adapter, process) if call is None else call)
+    by_family = call is None and edm.conventions(model) is None
+    student_call = Explained(_family_call(adapter, process) if call is None else call, classes=by_family)
     options = {
         "layers": names or adapter.layers,
         "call": student_call,

@@ -10,11 +10,13 @@ from algorithm1 import algorithm1, freeze
 from models import MLP, ConvNet, TwoStreams, conditional_unet, unet
 from paper import PaperObjective
 
-from perceptual_diffusion import schedules
+from perceptual_diffusion import SelfPerceptualObjective, schedules
 from perceptual_diffusion.adapters._explained import Explained
 
 TABLE = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
 QUARTER = math.pi / 2
+DEFAULTS = {"distance": "normalised", "mse_weight": 1.0}
+"""What the library's own defaults have to be where t' is given: they are not handed to it."""
 SCHEDULES = {
     "index": (schedules.Discrete.scaled_linear, lambda t: (TABLE[t.long()].sqrt(), (1 - TABLE[t.long()]).sqrt())),
     "straight": (schedules.Linear, lambda t: (1 - t.double(), t.double())),
@@ -42,6 +44,7 @@ class Case:
     call: Any = None
     how: dict = field(default_factory=dict)
     least: int = 0
+    family: bool = False  # known to the package, which calls it as `call` does
 
     def __post_init__(self):
         torch.manual_seed(1)
@@ -49,14 +52,15 @@ class Case:
         self.frozen = freeze(self.student)
         self.call = self.call or (lambda model, x_t, t, cond: model(x_t, unit(self, t), **cond))
         make, self.scales = SCHEDULES[self.schedule]
-        self.objective = PaperObjective.wrap(
+        kind, how = (SelfPerceptualObjective, {}) if self.how is DEFAULTS else (PaperObjective, self.how)
+        self.objective = kind.wrap(
             self.student,
             make(),
             prediction=self.kind,
             layers=list(self.layers),
-            call=Explained(self.call),
+            call=None if self.family else Explained(self.call),
             seed=0,
-            **self.how,
+            **how,
         )
         with torch.no_grad():
             for parameter in self.student.parameters():
@@ -146,8 +150,6 @@ class Shifted(ConvNet):
         return super().forward(x * scale + shift.view(-1, 1, 1, 1), t)
 
 
-DEFAULTS = {"distance": "normalised", "mse_weight": 1.0, "t_prime": "contributing"}
-
 CASES = {
     "maps": lambda: Case(ConvNet, ("body",), (3, 5, 4)),
     "maps, split": lambda: Case(ConvNet, ("stem", "body"), (3, 4, 4), how={"formulation": "split"}),
@@ -160,12 +162,12 @@ CASES = {
     "classes": lambda: Case(
         unet, ("mid_block",), (3, 8, 8), "index", "epsilon",
         cond=lambda b: {"class_labels": torch.arange(b)},
-        call=lambda model, x_t, t, cond: model(x_t, t, **cond).sample, least=1,
+        call=lambda model, x_t, t, cond: model(x_t, t, **cond).sample, least=1, family=True,
     ),
     "classes, defaults": lambda: Case(
         unet, ("mid_block",), (3, 8, 8), "index", "epsilon",
         cond=lambda b: {"class_labels": torch.arange(b)},
-        call=lambda model, x_t, t, cond: model(x_t, t, **cond).sample, least=1, how=DEFAULTS,
+        call=lambda model, x_t, t, cond: model(x_t, t, **cond).sample, least=1, how=DEFAULTS, family=True,
     ),
     "text": lambda: Case(
         conditional_unet, ("mid_block",), (4, 8, 8), "index",
